@@ -1,0 +1,31 @@
+"""Packed little-endian arrays, the form in which numbers travel between services."""
+
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+UInt8Array = npt.NDArray[np.uint8]
+BoolArray = npt.NDArray[np.bool_]
+
+_INT32 = np.dtype("<i4")
+_UINT64 = np.dtype("<u8")
+
+
+def pack_int32(values: npt.ArrayLike) -> bytes:
+    return np.asarray(values, dtype=_INT32).tobytes()
+
+
+def unpack_int32(data: bytes) -> Int32Array:
+    """A read-only view; ValueError when ``data`` is no whole number of elements."""
+    return np.frombuffer(data, dtype=_INT32)
+
+
+def pack_uint64(values: npt.ArrayLike) -> bytes:
+    return np.asarray(values, dtype=_UINT64).tobytes()
+
+
+def unpack_uint64(data: bytes) -> UInt64Array:
+    """A read-only view; ValueError when ``data`` is no whole number of elements."""
+    return np.frombuffer(data, dtype=_UINT64)

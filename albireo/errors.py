@@ -1,0 +1,54 @@
+"""One error tree. Each class carries the gRPC status that a client sees.
+
+    AlbireoError                 INTERNAL
+    ├── InvalidRequest           INVALID_ARGUMENT     refuse the request: a field is wrong
+    ├── NotServed                UNIMPLEMENTED        refuse the request: a parameter is not served yet
+    ├── Overloaded               RESOURCE_EXHAUSTED   refuse the request: try again later
+    ├── GroupUnavailable         UNAVAILABLE          fail the request: its worker group is gone
+    ├── ConfigError              FAILED_PRECONDITION  do not start: a flag, file or model is wrong
+    └── GroupError               INTERNAL             restart the group: its state can no longer be trusted
+
+There are three outcomes only: refuse the request, fail the request, restart the group.
+"""
+
+import grpc
+
+
+class AlbireoError(Exception):
+    """Base of all errors raised on purpose."""
+
+    status: grpc.StatusCode = grpc.StatusCode.INTERNAL
+
+
+class InvalidRequest(AlbireoError):
+    """A request field has a value that cannot be served; the message names field, value and limit."""
+
+    status = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class NotServed(AlbireoError):
+    """A request asks for a parameter that this version does not serve. It is never ignored."""
+
+    status = grpc.StatusCode.UNIMPLEMENTED
+
+
+class Overloaded(AlbireoError):
+    """A bound is reached; the client should try again later."""
+
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class GroupUnavailable(AlbireoError):
+    """The worker group or the planner is gone."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+class ConfigError(AlbireoError):
+    """A flag, a configuration file or a model directory cannot be used; the process does not start."""
+
+    status = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class GroupError(AlbireoError):
+    """The state of a worker group can no longer be trusted."""

@@ -1,0 +1,162 @@
+"""The plan codec: `StepPlan` and `StepResult` as arrays, and their form on the wire (plan.proto)."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from albireo.arrays import BoolArray, Int32Array, pack_int32, unpack_int32
+from albireo.errors import GroupError
+from albireo.v1 import plan_pb2
+
+_EMPTY = np.zeros(0, dtype=np.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that takes a slot: for the first time, or again after a preemption.
+
+    Attributes:
+        token_ids: [num_tokens], the prompt and, when the sequence resumes, its output so far.
+        num_computed_tokens: leading tokens whose KV the blocks already hold.
+        block_table: [ceil(num_tokens / block_size)] at least.
+    """
+
+    slot: int
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_table: Int32Array
+    sampling: plan_pb2.Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What one step computes, a row per scheduled sequence; three arrays [num_rows].
+
+    ``samples`` marks the rows after whose last position a token is sampled: decode rows and last chunks of prompts.
+    """
+
+    slots: Int32Array
+    num_scheduled_tokens: Int32Array
+    samples: BoolArray
+
+    def is_decode_of(self, slots: Int32Array) -> bool:
+        """Whether these rows are one sampled token for each of ``slots``, in that order."""
+        return (
+            len(self.slots) == len(slots)
+            and bool((self.num_scheduled_tokens == 1).all())
+            and bool(self.samples.all())
+            and bool((self.slots == slots).all())
+        )
+
+
+def decode_rows(slots: Int32Array) -> Rows:
+    """Rows of a pure decode step: one sampled token for each of ``slots``."""
+    return Rows(slots, np.ones(len(slots), dtype=np.int32), np.ones(len(slots), dtype=np.bool_))
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A diff against what the worker group holds, in the order in which it is applied: finished slots, new sequences,
+    block appends, rows. ``rows`` is None when the last plan's rows decode again."""
+
+    epoch: int
+    step_id: int
+    rows: Rows | None
+    finished_slots: Int32Array = field(default_factory=lambda: _EMPTY)
+    new_sequences: tuple[NewSequence, ...] = ()
+    append_slots: Int32Array = field(default_factory=lambda: _EMPTY)
+    append_blocks: Int32Array = field(default_factory=lambda: _EMPTY)
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Tokens of one step; ``token_ids`` [number of sampling rows], in row order."""
+
+    epoch: int
+    step_id: int
+    token_ids: Int32Array
+    timings: plan_pb2.StepTimings
+
+
+def encode_plan(plan: StepPlan) -> bytes:
+    message = plan_pb2.StepPlan(
+        epoch=plan.epoch,
+        step_id=plan.step_id,
+        finished_slots=pack_int32(plan.finished_slots),
+        new_sequences=[_encode_new_sequence(new) for new in plan.new_sequences],
+        append_slots=pack_int32(plan.append_slots),
+        append_blocks=pack_int32(plan.append_blocks),
+    )
+    if plan.rows is not None:
+        message.row_slots = pack_int32(plan.rows.slots)
+        message.row_num_scheduled_tokens = pack_int32(plan.rows.num_scheduled_tokens)
+        message.row_samples = plan.rows.samples.astype(np.uint8).tobytes()
+    return message.SerializeToString()
+
+
+def decode_plan(data: bytes) -> StepPlan:
+    """Raises GroupError when the message does not hold a plan: the stream can no longer be trusted."""
+    try:
+        message = plan_pb2.StepPlan.FromString(data)
+        rows = None
+        if message.HasField("row_slots"):
+            rows = Rows(
+                unpack_int32(message.row_slots),
+                unpack_int32(message.row_num_scheduled_tokens),
+                np.frombuffer(message.row_samples, dtype=np.uint8).astype(np.bool_),
+            )
+        plan = StepPlan(
+            epoch=message.epoch,
+            step_id=message.step_id,
+            rows=rows,
+            finished_slots=unpack_int32(message.finished_slots),
+            new_sequences=tuple(_decode_new_sequence(new) for new in message.new_sequences),
+            append_slots=unpack_int32(message.append_slots),
+            append_blocks=unpack_int32(message.append_blocks),
+        )
+    except Exception as error:  # protobuf's DecodeError has no public base, numpy raises ValueError
+        raise GroupError(f"not a step plan: {error}") from error
+    lengths_agree = len(plan.append_slots) == len(plan.append_blocks) and (
+        rows is None or len(rows.slots) == len(rows.num_scheduled_tokens) == len(rows.samples)
+    )
+    if not lengths_agree:
+        raise GroupError(f"step {plan.step_id}: parallel arrays differ in length")
+    return plan
+
+
+def encode_result(result: StepResult) -> bytes:
+    return plan_pb2.StepResult(
+        epoch=result.epoch, step_id=result.step_id, token_ids=pack_int32(result.token_ids), timings=result.timings
+    ).SerializeToString()
+
+
+def decode_result(data: bytes) -> StepResult:
+    """Raises GroupError when the message does not hold a result."""
+    try:
+        message = plan_pb2.StepResult.FromString(data)
+        return StepResult(message.epoch, message.step_id, unpack_int32(message.token_ids), message.timings)
+    except Exception as error:
+        raise GroupError(f"not a step result: {error}") from error
+
+
+def _encode_new_sequence(new: NewSequence) -> plan_pb2.NewSequence:
+    return plan_pb2.NewSequence(
+        slot=new.slot,
+        token_ids=pack_int32(new.token_ids),
+        num_prompt_tokens=new.num_prompt_tokens,
+        num_computed_tokens=new.num_computed_tokens,
+        block_table=pack_int32(new.block_table),
+        sampling=new.sampling,
+    )
+
+
+def _decode_new_sequence(message: plan_pb2.NewSequence) -> NewSequence:
+    return NewSequence(
+        slot=message.slot,
+        token_ids=unpack_int32(message.token_ids),
+        num_prompt_tokens=message.num_prompt_tokens,
+        num_computed_tokens=message.num_computed_tokens,
+        block_table=unpack_int32(message.block_table),
+        sampling=message.sampling,
+    )

@@ -1,0 +1,58 @@
+"""What every gRPC server and channel of Albireo has in common: limits, keepalive, health, reflection."""
+
+from collections.abc import Sequence
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+# Reference servers of this field take 256 MiB both ways.
+MAX_MESSAGE_BYTES = 256 << 20
+
+_COMMON_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+]
+
+SERVER_OPTIONS: list[tuple[str, int]] = [
+    *_COMMON_OPTIONS,
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+]
+
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    *_COMMON_OPTIONS,
+    # Two clients of one process must not share a connection, and a server that restarts is found again at once.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # Channels inside the group of services never go through a web proxy of the environment.
+    ("grpc.enable_http_proxy", 0),
+]
+
+
+def make_server(reuse_port: bool = False) -> aio.Server:
+    """A server with the limits above; ``reuse_port`` lets several processes listen on one port."""
+    return aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(reuse_port))])
+
+
+def make_channel(target: str) -> aio.Channel:
+    """An insecure channel to ``host:port`` or ``unix:path``."""
+    return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+
+
+class Health:
+    """grpc.health.v1 and reflection of one server. Starts as NOT_SERVING."""
+
+    def __init__(self, server: aio.Server, service_names: Sequence[str]) -> None:
+        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # bound at import time
+        self._names = ["", *service_names]
+        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
+        reflection.enable_server_reflection([*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Sets the status of every service of this server, the overall one ("") included."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._servicer.set(name, status)

@@ -1,0 +1,163 @@
+"""Batch state of a rank: slot-indexed arrays that plans update in place, and the input batch of each step.
+
+Every rank keeps the same state from the same plans, whatever its engine.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from albireo.arrays import BoolArray, Int32Array, Int64Array, UInt64Array
+from albireo.errors import GroupError
+from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
+from albireo.v1 import plan_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class InputBatch:
+    """Inputs of one step: N tokens of R rows, of which S rows sample.
+
+    Attributes:
+        slots: [R].
+        query_starts: [R + 1], where each row's tokens begin in the flat arrays; the last is N.
+        context_lens: [R], tokens of the row's sequence with KV after this step.
+        block_tables: [R, widest], blocks of each row's sequence; what lies past its context is undefined.
+        token_ids: [N]; undefined where ``from_last_token``.
+        from_last_token: [N], whether the token is the one last sampled in the row's slot (read on the device).
+        token_slots: [N], the slot of each token.
+        positions: [N].
+        slot_mapping: [N], where each token's KV goes: block * block_size + offset.
+        sample_rows: [S], the rows that sample, ascending.
+        sample_slots: [S], their slots: where to read sampling parameters and to write the last token.
+        output_positions: [S], index of the sampled token in its sequence's output.
+    """
+
+    slots: Int32Array
+    query_starts: Int64Array
+    context_lens: Int32Array
+    block_tables: Int32Array
+    token_ids: Int32Array
+    from_last_token: BoolArray
+    token_slots: Int32Array
+    positions: Int64Array
+    slot_mapping: Int64Array
+    sample_rows: Int64Array
+    sample_slots: Int32Array
+    output_positions: Int64Array
+
+
+@dataclass(frozen=True, slots=True)
+class SlotSampling:
+    """Sampling parameters by slot, arrays [max_num_seqs]; ``suppressed`` by slot, the ids that min_tokens forbids."""
+
+    temperature: np.ndarray[tuple[int], np.dtype[np.float32]]
+    top_p: np.ndarray[tuple[int], np.dtype[np.float32]]
+    top_k: Int32Array
+    seed: UInt64Array
+    min_tokens: Int32Array
+    suppressed: list[Int32Array]
+
+    def set(self, slot: int, sampling: plan_pb2.Sampling) -> None:
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.top_k[slot] = min(sampling.top_k, 2**31 - 1)
+        self.seed[slot] = sampling.seed
+        self.min_tokens[slot] = min(sampling.min_tokens, 2**31 - 1)
+        self.suppressed[slot] = np.frombuffer(sampling.suppressed_token_ids, dtype="<i4")
+
+
+class BatchState:
+    """What a rank knows of its sequences, by slot. `apply` is the only way to change it."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        max_blocks = -(-max_model_len // block_size)
+        self.block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
+        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
+        # Tokens that came with the plan; later ones exist on the device only.
+        self.known_tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
+        self.num_known_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.num_computed_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self.sampling = SlotSampling(
+            temperature=np.zeros(max_num_seqs, dtype=np.float32),
+            top_p=np.ones(max_num_seqs, dtype=np.float32),
+            top_k=np.zeros(max_num_seqs, dtype=np.int32),
+            seed=np.zeros(max_num_seqs, dtype=np.uint64),
+            min_tokens=np.zeros(max_num_seqs, dtype=np.int32),
+            suppressed=[np.zeros(0, dtype=np.int32)] * max_num_seqs,
+        )
+        self._epoch = 0
+        self._next_step_id = 0
+        self._row_slots = np.zeros(0, dtype=np.int32)
+
+    def apply(self, plan: StepPlan) -> InputBatch:
+        """Applies a plan and returns the inputs of its step.
+
+        Raises GroupError when the plan does not follow the last one or does not fit the state: the group must restart.
+        """
+        self._check_order(plan)
+        for new in plan.new_sequences:
+            self._start_sequence(new)
+        self._append_blocks(plan.append_slots, plan.append_blocks)
+        rows = decode_rows(self._row_slots) if plan.rows is None else plan.rows
+        self._row_slots = rows.slots
+        batch = self._input_batch(rows)
+        self.num_computed_tokens[rows.slots] += rows.num_scheduled_tokens
+        return batch
+
+    def _check_order(self, plan: StepPlan) -> None:
+        if plan.epoch != self._epoch:
+            if plan.epoch < self._epoch:
+                raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
+            self._epoch, self._next_step_id = plan.epoch, plan.step_id
+            self.num_blocks[:] = 0
+            self._row_slots = np.zeros(0, dtype=np.int32)
+        if plan.step_id != self._next_step_id:
+            raise GroupError(f"plan of step {plan.step_id} where step {self._next_step_id} follows")
+        self._next_step_id += 1
+
+    def _start_sequence(self, new: NewSequence) -> None:
+        slot, num_tokens, num_blocks = new.slot, len(new.token_ids), len(new.block_table)
+        if num_tokens > self.known_tokens.shape[1] or num_blocks > self.block_tables.shape[1]:
+            raise GroupError(f"slot {slot}: {num_tokens} tokens in {num_blocks} blocks do not fit")
+        self.known_tokens[slot, :num_tokens] = new.token_ids
+        self.num_known_tokens[slot] = num_tokens
+        self.num_prompt_tokens[slot] = new.num_prompt_tokens
+        self.num_computed_tokens[slot] = new.num_computed_tokens
+        self.block_tables[slot, :num_blocks] = new.block_table
+        self.num_blocks[slot] = num_blocks
+        self.sampling.set(slot, new.sampling)
+
+    def _append_blocks(self, slots: Int32Array, blocks: Int32Array) -> None:
+        self.block_tables[slots, self.num_blocks[slots]] = blocks
+        self.num_blocks[slots] += 1
+
+    def _input_batch(self, rows: Rows) -> InputBatch:
+        slots, counts = rows.slots, rows.num_scheduled_tokens
+        starts = np.zeros(len(slots) + 1, dtype=np.int64)
+        np.cumsum(counts, out=starts[1:])
+        computed = self.num_computed_tokens[slots]
+        context_lens = computed + counts
+        if (context_lens > self.num_blocks[slots] * self.block_size).any():
+            raise GroupError("a row reaches past its sequence's blocks")
+        token_slots = np.repeat(slots, counts)
+        positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - starts[:-1], counts)
+        num_blocks = -(-context_lens // self.block_size)
+        sample_rows = np.flatnonzero(rows.samples)
+        sample_slots = slots[sample_rows]
+        return InputBatch(
+            slots=slots,
+            query_starts=starts,
+            context_lens=context_lens,
+            block_tables=self.block_tables[slots, : num_blocks.max(initial=0)],
+            token_ids=self.known_tokens[token_slots, positions],
+            from_last_token=positions >= self.num_known_tokens[token_slots],
+            token_slots=token_slots,
+            positions=positions,
+            slot_mapping=self.block_tables[token_slots, positions // self.block_size].astype(np.int64) * self.block_size
+            + positions % self.block_size,
+            sample_rows=sample_rows,
+            sample_slots=sample_slots,
+            output_positions=context_lens[sample_rows].astype(np.int64) - self.num_prompt_tokens[sample_slots],
+        )
