@@ -20,6 +20,16 @@ def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
+def parse(config_class: type[Config], prog: str, description: str, argv: list[str] | None) -> Config:
+    """Reads the configuration of a process; on a bad value prints the reason and exits with status 2."""
+    parser = parser_for(config_class, prog, description)
+    try:
+        return from_namespace(config_class, parser.parse_args(argv))
+    except ValueError as error:
+        parser.error(str(error))
+        raise  # parser.error has exited
+
+
 def parser_for(config_class: type, prog: str, description: str) -> configargparse.ArgumentParser:
     """The parser of a config class, with ``--config FILE`` (TOML) and ``ALBIREO_*`` variables."""
     parser = configargparse.ArgumentParser(

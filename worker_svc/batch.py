@@ -7,10 +7,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array, Int64Array, UInt64Array
+from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array, UInt64Array, unpack_int32
 from albireo.errors import GroupError
 from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
 from albireo.v1 import plan_pb2
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowSampling:
+    """Sampling parameters of a step's sampling rows; arrays [S], S rows.
+
+    Attributes:
+        temperature: 0 means greedy.
+        top_p: 1 means all.
+        top_k: 0 means all.
+        suppressed: (row, ids that must not be sampled there now), for rows below their min_tokens.
+    """
+
+    temperature: Float32Array
+    top_p: Float32Array
+    top_k: Int32Array
+    seed: UInt64Array
+    suppressed: tuple[tuple[int, Int32Array], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +48,9 @@ class InputBatch:
         positions: [N].
         slot_mapping: [N], where each token's KV goes: block * block_size + offset.
         sample_rows: [S], the rows that sample, ascending.
-        sample_slots: [S], their slots: where to read sampling parameters and to write the last token.
+        sample_slots: [S], their slots: where to write the last token.
         output_positions: [S], index of the sampled token in its sequence's output.
+        sampling: parameters of the sampling rows.
     """
 
     slots: Int32Array
@@ -44,26 +65,40 @@ class InputBatch:
     sample_rows: Int64Array
     sample_slots: Int32Array
     output_positions: Int64Array
+    sampling: RowSampling
 
 
-@dataclass(frozen=True, slots=True)
 class SlotSampling:
-    """Sampling parameters by slot, arrays [max_num_seqs]; ``suppressed`` by slot, the ids that min_tokens forbids."""
+    """Sampling parameters by slot."""
 
-    temperature: np.ndarray[tuple[int], np.dtype[np.float32]]
-    top_p: np.ndarray[tuple[int], np.dtype[np.float32]]
-    top_k: Int32Array
-    seed: UInt64Array
-    min_tokens: Int32Array
-    suppressed: list[Int32Array]
+    def __init__(self, max_num_seqs: int) -> None:
+        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
+        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self._top_k = np.zeros(max_num_seqs, dtype=np.int32)
+        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
+        self._min_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self._suppressed = [np.zeros(0, dtype=np.int32)] * max_num_seqs
 
     def set(self, slot: int, sampling: plan_pb2.Sampling) -> None:
-        self.temperature[slot] = sampling.temperature
-        self.top_p[slot] = sampling.top_p
-        self.top_k[slot] = min(sampling.top_k, 2**31 - 1)
-        self.seed[slot] = sampling.seed
-        self.min_tokens[slot] = min(sampling.min_tokens, 2**31 - 1)
-        self.suppressed[slot] = np.frombuffer(sampling.suppressed_token_ids, dtype="<i4")
+        self._temperature[slot] = sampling.temperature
+        self._top_p[slot] = sampling.top_p
+        self._top_k[slot] = min(sampling.top_k, _INT32_MAX)
+        self._seed[slot] = sampling.seed
+        self._min_tokens[slot] = min(sampling.min_tokens, _INT32_MAX)
+        self._suppressed[slot] = unpack_int32(sampling.suppressed_token_ids)
+
+    def rows(self, slots: Int32Array, output_positions: Int64Array) -> RowSampling:
+        """The parameters of a step's sampling rows; a copy, since slots change hands while the step waits."""
+        return RowSampling(
+            temperature=self._temperature[slots],
+            top_p=self._top_p[slots],
+            top_k=self._top_k[slots],
+            seed=self._seed[slots],
+            suppressed=tuple(
+                (int(row), self._suppressed[slots[row]])
+                for row in np.flatnonzero(output_positions < self._min_tokens[slots])
+            ),
+        )
 
 
 class BatchState:
@@ -79,14 +114,7 @@ class BatchState:
         self.num_known_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_computed_tokens = np.zeros(max_num_seqs, dtype=np.int32)
-        self.sampling = SlotSampling(
-            temperature=np.zeros(max_num_seqs, dtype=np.float32),
-            top_p=np.ones(max_num_seqs, dtype=np.float32),
-            top_k=np.zeros(max_num_seqs, dtype=np.int32),
-            seed=np.zeros(max_num_seqs, dtype=np.uint64),
-            min_tokens=np.zeros(max_num_seqs, dtype=np.int32),
-            suppressed=[np.zeros(0, dtype=np.int32)] * max_num_seqs,
-        )
+        self.sampling = SlotSampling(max_num_seqs)
         self._epoch = 0
         self._next_step_id = 0
         self._row_slots = np.zeros(0, dtype=np.int32)
@@ -146,6 +174,7 @@ class BatchState:
         num_blocks = -(-context_lens // self.block_size)
         sample_rows = np.flatnonzero(rows.samples)
         sample_slots = slots[sample_rows]
+        output_positions = context_lens[sample_rows].astype(np.int64) - self.num_prompt_tokens[sample_slots]
         return InputBatch(
             slots=slots,
             query_starts=starts,
@@ -159,5 +188,6 @@ class BatchState:
             + positions % self.block_size,
             sample_rows=sample_rows,
             sample_slots=sample_slots,
-            output_positions=context_lens[sample_rows].astype(np.int64) - self.num_prompt_tokens[sample_slots],
+            output_positions=output_positions,
+            sampling=self.sampling.rows(sample_slots, output_positions),
         )

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from albireo.arrays import Int32Array
 from albireo.v1 import plan_pb2
-from worker_svc.batch import InputBatch, SlotSampling
+from worker_svc.batch import InputBatch
 
 BLOCK_SIZE = 32  # tokens; the KV store's canonical layout will count on it
 
@@ -29,6 +29,8 @@ class EngineConfig:
     max_model_len: int  # 0: the model's
     max_num_batched_tokens: int
     kv_cache_gib: float  # per rank; 0: chosen by the engine
+    block_size: int = BLOCK_SIZE
+    stub_step_ms: float = 0.0  # how long a step of the stub lasts (modelled)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Engine(Protocol):
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; called once, with the group's number of blocks."""
 
-    def launch(self, batch: InputBatch, sampling: SlotSampling) -> PendingStep:
+    def launch(self, batch: InputBatch) -> PendingStep:
         """Starts forward and sampling of one step. An asynchronous device returns before the step has run."""
 
     def close(self) -> None:

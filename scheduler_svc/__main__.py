@@ -1,0 +1,74 @@
+"""``python -m scheduler_svc``: one planner and its front ends, or ``planner`` / ``frontend`` alone."""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from albireo.config import flag, parse, to_argv
+from albireo.logging import set_up_logging
+from albireo.supervise import Child, python_module, run_until_exit
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Flags of ``python -m scheduler_svc``."""
+
+    model: str = flag("demo", "model directory, Hub id, or 'demo': tokenizer and defaults")
+    served_model_name: str | None = flag(None, "name that clients see; default: the model directory's")
+    group: str = flag("127.0.0.1:50052", "the worker group's leader: host:port or unix:path")
+    planner: str = flag("127.0.0.1:50053", "the planner's address for front ends: host:port or unix:path")
+    host: str = flag("127.0.0.1", "address that clients reach")
+    port: int = flag(50051, "port that clients reach; all front ends share it")
+    frontends: int = flag(1, "front-end processes")
+    depth: int = flag(2, "plans in flight at most; 1 is synchronous")
+    max_num_batched_tokens: int = flag(0, "tokens of one step; 0: what the group takes")
+    run_dir: str = flag("", "directory for sockets and logs; default: a temporary one")
+    metrics_port: int = flag(
+        0, "Prometheus: the planner on this port of 127.0.0.1, front end i on port + 2 + i; 0: none"
+    )
+    log_level: str = flag("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.frontends <= 64:
+            raise ValueError(f"--frontends {self.frontends}: 1 to 64")
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["planner"]:
+        from scheduler_svc.planner.main import main as run_planner
+
+        return run_planner(argv[1:])
+    if argv[:1] == ["frontend"]:
+        from scheduler_svc.frontend.main import main as run_frontend
+
+        return run_frontend(argv[1:])
+    description = "Runs a planner and its front ends. `planner` or `frontend` as first argument runs one of them alone."
+    config = parse(SchedulerConfig, "python -m scheduler_svc", description, argv)
+    set_up_logging("scheduler", config.log_level)
+    with contextlib.ExitStack() as stack:
+        run_dir = Path(config.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="albireo-scheduler-")))
+        return asyncio.run(run_until_exit(_children(config, run_dir)))
+
+
+def _children(config: SchedulerConfig, run_dir: Path) -> list[Child]:
+    logs = run_dir / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    module = python_module("scheduler_svc")
+    planner_flags = to_argv(config, "group", "planner", "depth", "max_num_batched_tokens", "metrics_port", "log_level")
+    children = [Child("planner", [*module, "planner", *planner_flags], logs / "planner.log")]
+    shared = to_argv(config, "model", "served_model_name", "planner", "host", "port", "log_level")
+    for index in range(config.frontends):
+        name = f"frontend-{index}"
+        own = ["--name", name, "--listen", f"unix:{run_dir / name}.sock"]
+        if config.metrics_port:
+            own += ["--metrics-port", str(config.metrics_port + 2 + index)]
+        children.append(Child(name, [*module, "frontend", *shared, *own], logs / f"{name}.log"))
+    return children
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Configuration of the planner."""
+
+from dataclasses import dataclass
+
+from albireo.config import flag
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """Flags of ``python -m scheduler_svc planner``."""
+
+    group: str = flag("127.0.0.1:50052", "the worker group's leader: host:port or unix:path")
+    planner: str = flag("127.0.0.1:50053", "address for front ends: host:port or unix:path")
+    depth: int = flag(2, "plans in flight at most; 1 is synchronous")
+    max_num_batched_tokens: int = flag(0, "tokens of one step; 0: what the group takes")
+    metrics_port: int = flag(0, "Prometheus metrics on this port of 127.0.0.1; 0: none")
+    log_level: str = flag("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= 8:
+            raise ValueError(f"--depth {self.depth}: 1 to 8")

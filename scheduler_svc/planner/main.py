@@ -1,0 +1,84 @@
+"""The planner's process."""
+
+import asyncio
+import signal
+import time
+
+import structlog
+import uvloop
+
+from albireo import rpc
+from albireo.config import parse
+from albireo.errors import AlbireoError
+from albireo.logging import set_up_logging
+from albireo.metrics import serve_metrics
+from albireo.v1 import frontend_pb2_grpc, plan_pb2
+from scheduler_svc.planner.config import PlannerConfig
+from scheduler_svc.planner.group import GroupLink
+from scheduler_svc.planner.service import SERVICE_NAME, PlannerService
+from scheduler_svc.planner.state import Limits, PlannerState
+
+log = structlog.get_logger()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the planner until SIGTERM (status 0) or until its group is lost (status 1)."""
+    config = parse(PlannerConfig, "python -m scheduler_svc planner", "Schedules sequences on one worker group.", argv)
+    set_up_logging("planner", config.log_level)
+    try:
+        uvloop.run(_run(config))
+    except AlbireoError as error:
+        log.error("planner ends", error=str(error), kind=type(error).__name__)
+        return 1
+    return 0
+
+
+async def _run(config: PlannerConfig) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopped = asyncio.create_task(stop.wait())
+    serving = asyncio.create_task(_serve(config))
+    await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+    stopped.cancel()
+    serving.cancel()
+    try:
+        await serving
+    except asyncio.CancelledError:
+        log.info("planner ends")
+
+
+async def _serve(config: PlannerConfig) -> None:
+    group = GroupLink(config.group)
+    server = rpc.make_server()
+    try:
+        info = await group.wait_until_ready()
+        # Epochs only have to grow: also over restarts of the planner.
+        state = PlannerState.make(_limits(config, info), epoch=time.time_ns())
+        service = PlannerService(state, group, info)
+        frontend_pb2_grpc.add_PlannerServicer_to_server(service, server)  # type: ignore[arg-type]  # async by duck type
+        health = rpc.Health(server, [SERVICE_NAME])
+        server.add_insecure_port(config.planner)
+        serve_metrics(config.metrics_port)
+        await server.start()
+        await health.set_serving(True)
+        log.info("planner is ready", group=config.group, listen=config.planner, depth=config.depth)
+        await service.run()
+    finally:
+        await server.stop(grace=0.2)
+        await group.close()
+
+
+def _limits(config: PlannerConfig, info: plan_pb2.GroupInfo) -> Limits:
+    return Limits(
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        max_num_seqs=info.max_num_seqs,
+        max_model_len=info.max_model_len,
+        max_num_batched_tokens=min(
+            config.max_num_batched_tokens or info.max_num_batched_tokens, info.max_num_batched_tokens
+        ),
+        vocab_size=info.vocab_size,
+        eos_token_ids=tuple(info.eos_token_ids),
+        depth=config.depth,
+    )

@@ -1,0 +1,57 @@
+"""What the planner has for one front end and has not sent yet. The step loop fills it and never waits for it."""
+
+import asyncio
+
+import numpy as np
+
+from albireo.arrays import Int32Array, Int64Array, pack_int32, pack_uint64
+from albireo.v1 import frontend_pb2
+
+# A front end this far behind is dead: 256 streams of a 5 ms step for a minute.
+MAX_BACKLOG_TOKENS = 3_000_000
+
+
+class Outbox:
+    """Tokens and ends that merge into one message however many steps they came from."""
+
+    def __init__(self) -> None:
+        self._sequence_ids: list[Int64Array] = []
+        self._token_ids: list[Int32Array] = []
+        self._ended: list[frontend_pb2.Ended] = []
+        self._load: frontend_pb2.Load | None = None
+        self._last_load: frontend_pb2.Load | None = None
+        self._filled = asyncio.Event()
+        self.backlog_tokens = 0
+
+    def add_tokens(self, sequence_ids: Int64Array, token_ids: Int32Array) -> None:
+        """Two parallel arrays, in the order sampled."""
+        self._sequence_ids.append(sequence_ids)
+        self._token_ids.append(token_ids)
+        self.backlog_tokens += len(token_ids)
+        self._filled.set()
+
+    def add_ended(self, ended: frontend_pb2.Ended) -> None:
+        self._ended.append(ended)
+        self._filled.set()
+
+    def set_load(self, load: frontend_pb2.Load) -> None:
+        """Load figures, sent when they have changed."""
+        if load != self._last_load:
+            self._load = self._last_load = load
+            self._filled.set()
+
+    def wake(self) -> None:
+        """Lets `take` return, with an empty message if need be."""
+        self._filled.set()
+
+    async def take(self) -> frontend_pb2.PlannerMessage:
+        """Waits until there is something, and takes all of it."""
+        await self._filled.wait()
+        self._filled.clear()
+        message = frontend_pb2.PlannerMessage(ended=self._ended, load=self._load)
+        if self._token_ids:
+            message.token_sequence_ids = pack_uint64(np.concatenate(self._sequence_ids))
+            message.token_ids = pack_int32(np.concatenate(self._token_ids))
+        self._sequence_ids, self._token_ids, self._ended, self._load = [], [], [], None
+        self.backlog_tokens = 0
+        return message

@@ -1,0 +1,164 @@
+"""What the planner knows of sequences: an object per sequence for its life, arrays by slot for its steps."""
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo.v1 import plan_pb2
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()  # in the queue
+    RUNNING = enum.auto()  # owns a slot
+    DRAINING = enum.auto()  # preempted; steps in flight still sample for it, then it waits again
+    ENDED = enum.auto()
+
+
+class EndReason(enum.Enum):
+    STOP = enum.auto()
+    LENGTH = enum.auto()
+    ABORT = enum.auto()
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Place in the order of service: higher priority first, then earlier arrival. The last is preempted first."""
+
+    negative_priority: int
+    arrival: int
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion from arrival to end.
+
+    Attributes:
+        frontend, sequence_id: whose it is, and what its owner calls it.
+        token_ids: prompt, then the output known when it last left its slot; while it runs the slot's row is newer.
+        num_prompt_tokens: of ``token_ids``.
+        max_total_tokens: where it ends at the latest, prompt included.
+        stop_token_ids: ids that end it, beside the model's end-of-sequence ids.
+    """
+
+    frontend: int
+    sequence_id: int
+    request_id: str
+    token_ids: Int32Array
+    num_prompt_tokens: int
+    max_total_tokens: int
+    sampling: plan_pb2.Sampling
+    place: Place
+    stop_token_ids: frozenset[int] = frozenset()
+    ignore_eos: bool = False
+    status: Status = Status.WAITING
+    slot: int = -1
+    last_step: int = -1  # the last step planned with a row of this sequence
+    num_preemptions: int = 0
+    submitted_ns: int = 0
+    scheduled_ns: int = 0
+    first_token_ns: int = 0
+
+    @property
+    def min_total_tokens(self) -> int:
+        """Before so many tokens nothing but length ends the sequence."""
+        return self.num_prompt_tokens + self.sampling.min_tokens
+
+
+@dataclass(slots=True)
+class SlotTable:
+    """Running sequences by slot: arrays [max_num_seqs], so that a decode step costs no Python work per sequence.
+
+    Attributes:
+        owners: the sequence of each slot.
+        generation: grows each time a slot is given up; a result row counts only where it is still the same.
+        num_tokens: prompt, output and placeholders (tokens planned, not yet sampled).
+        num_computed_tokens: tokens whose KV is computed once all planned steps have run.
+        num_known_tokens: ``num_tokens`` without placeholders; ``token_ids`` holds so many.
+        last_step: the last step planned with a row of this slot.
+    """
+
+    owners: list[Sequence | None]
+    active: BoolArray
+    generation: Int64Array
+    frontend: Int32Array
+    sequence_id: Int64Array
+    num_tokens: Int32Array
+    num_computed_tokens: Int32Array
+    num_known_tokens: Int32Array
+    num_prompt_tokens: Int32Array
+    min_total_tokens: Int32Array
+    max_total_tokens: Int32Array
+    checks_eos: BoolArray
+    has_stop_token_ids: BoolArray
+    last_step: Int64Array
+    num_blocks: Int32Array
+    block_tables: Int32Array  # [max_num_seqs, max_blocks]
+    token_ids: Int32Array  # [max_num_seqs, max_model_len]
+    free_slots: list[int] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, max_num_seqs: int, max_model_len: int, block_size: int) -> "SlotTable":
+        def ints() -> Int32Array:
+            return np.zeros(max_num_seqs, dtype=np.int32)
+
+        return cls(
+            owners=[None] * max_num_seqs,
+            active=np.zeros(max_num_seqs, dtype=np.bool_),
+            generation=np.zeros(max_num_seqs, dtype=np.int64),
+            frontend=ints(),
+            sequence_id=np.zeros(max_num_seqs, dtype=np.int64),
+            num_tokens=ints(),
+            num_computed_tokens=ints(),
+            num_known_tokens=ints(),
+            num_prompt_tokens=ints(),
+            min_total_tokens=ints(),
+            max_total_tokens=ints(),
+            checks_eos=np.zeros(max_num_seqs, dtype=np.bool_),
+            has_stop_token_ids=np.zeros(max_num_seqs, dtype=np.bool_),
+            last_step=np.full(max_num_seqs, -1, dtype=np.int64),
+            num_blocks=ints(),
+            block_tables=np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32),
+            token_ids=np.zeros((max_num_seqs, max_model_len), dtype=np.int32),
+            free_slots=list(range(max_num_seqs - 1, -1, -1)),
+        )
+
+    def take(self, sequence: Sequence, blocks: Int32Array) -> int:
+        """Gives ``sequence`` a slot; one is free. ``blocks`` hold all of its tokens."""
+        slot = self.free_slots.pop()
+        num_tokens = len(sequence.token_ids)
+        self.owners[slot] = sequence
+        self.active[slot] = True
+        self.frontend[slot] = sequence.frontend
+        self.sequence_id[slot] = sequence.sequence_id
+        self.num_tokens[slot] = self.num_known_tokens[slot] = num_tokens
+        self.num_computed_tokens[slot] = 0
+        self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
+        self.min_total_tokens[slot] = sequence.min_total_tokens
+        self.max_total_tokens[slot] = sequence.max_total_tokens
+        self.checks_eos[slot] = not sequence.ignore_eos
+        self.has_stop_token_ids[slot] = bool(sequence.stop_token_ids)
+        self.last_step[slot] = -1
+        self.num_blocks[slot] = len(blocks)
+        self.block_tables[slot, : len(blocks)] = blocks
+        self.token_ids[slot, :num_tokens] = sequence.token_ids
+        sequence.slot, sequence.status = slot, Status.RUNNING
+        return slot
+
+    def give_up(self, slot: int) -> Sequence:
+        """Frees a slot; its sequence keeps the tokens known so far. Returns the sequence."""
+        sequence = self.owners[slot]
+        assert sequence is not None
+        sequence.token_ids = self.token_ids[slot, : self.num_known_tokens[slot]].copy()
+        sequence.last_step = int(self.last_step[slot])
+        sequence.slot = -1
+        self.owners[slot] = None
+        self.active[slot] = False
+        self.generation[slot] += 1
+        self.free_slots.append(slot)
+        return sequence
+
+    def blocks_of(self, slot: int) -> Int32Array:
+        """The blocks that the slot's sequence holds (a copy)."""
+        return self.block_tables[slot, : self.num_blocks[slot]].copy()

@@ -1,0 +1,163 @@
+"""The planner's state, and the changes to it that come from outside a step: arrivals, ends, preemption.
+
+Everything here, in `policy` and in `commit` is a pure function of this state: no clock, no I/O.
+"""
+
+import heapq
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from albireo.arrays import BoolArray, Int32Array, Int64Array
+from scheduler_svc.planner.block_pool import BlockPool
+from scheduler_svc.planner.sequence import Place, Sequence, SlotTable, Status
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the group can hold and how the planner may use it; counts of tokens, blocks, sequences, steps."""
+
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_model_len: int
+    max_num_batched_tokens: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    depth: int  # plans in flight at most
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError("max_num_batched_tokens < max_num_seqs: a step could not decode every sequence")
+        if self.num_blocks * self.block_size < self.max_model_len:
+            raise ValueError("the blocks do not hold one sequence of max_model_len: it could never finish")
+        if self.depth < 1:
+            raise ValueError("depth < 1")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """A step in flight: the rows that sample, by the slot and generation they were planned for."""
+
+    step_id: int
+    slots: Int32Array
+    generations: Int64Array
+
+
+@dataclass(slots=True)
+class PlannerState:
+    """Everything the planner knows.
+
+    Attributes:
+        waiting: heap of (place, sequence); ended ones are skipped when met.
+        draining: preempted sequences that steps in flight still sample for, by the (slot, generation) they had.
+        sequences: all that have not ended, by (frontend, sequence_id).
+        freed_slots: given up since the last plan; the next one tells the group.
+        last_row_slots: slots of the last plan's rows; decoding them again needs no rows on the wire.
+    """
+
+    limits: Limits
+    epoch: int
+    pool: BlockPool
+    table: SlotTable
+    is_eos: BoolArray  # [vocab_size]
+    waiting: list[tuple[Place, Sequence]] = field(default_factory=list)
+    draining: dict[tuple[int, int], Sequence] = field(default_factory=dict)
+    sequences: dict[tuple[int, int], Sequence] = field(default_factory=dict)
+    in_flight: deque[StepRecord] = field(default_factory=deque)
+    freed_slots: list[int] = field(default_factory=list)
+    last_row_slots: Int32Array = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    next_step_id: int = 0
+    num_waiting: int = 0
+
+    @classmethod
+    def make(cls, limits: Limits, epoch: int) -> "PlannerState":
+        is_eos = np.zeros(limits.vocab_size, dtype=np.bool_)
+        is_eos[[token for token in limits.eos_token_ids if token < limits.vocab_size]] = True
+        table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        return cls(limits, epoch, BlockPool(limits.num_blocks), table, is_eos)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.table.owners) - len(self.table.free_slots)
+
+    @property
+    def is_idle(self) -> bool:
+        """No sequence and no step in flight: every block is free."""
+        return not self.sequences and not self.in_flight
+
+
+def submit(state: PlannerState, sequence: Sequence) -> None:
+    """A sequence arrives. The caller has checked it against the limits."""
+    state.sequences[sequence.frontend, sequence.sequence_id] = sequence
+    _enqueue(state, sequence)
+
+
+def pop_waiting(state: PlannerState) -> Sequence:
+    """Removes the first sequence that waits; there is one."""
+    sequence = peek_waiting(state)
+    assert sequence is not None
+    heapq.heappop(state.waiting)
+    state.num_waiting -= 1
+    return sequence
+
+
+def peek_waiting(state: PlannerState) -> Sequence | None:
+    while state.waiting and state.waiting[0][1].status is not Status.WAITING:
+        heapq.heappop(state.waiting)
+    return state.waiting[0][1] if state.waiting else None
+
+
+def end(state: PlannerState, sequence: Sequence) -> None:
+    """A sequence is over, whatever its status: slot and blocks are given back, tokens in flight will not count."""
+    if sequence.status is Status.RUNNING:
+        _leave_slot(state, sequence.slot)
+    elif sequence.status is Status.WAITING:
+        state.num_waiting -= 1
+    sequence.status = Status.ENDED
+    del state.sequences[sequence.frontend, sequence.sequence_id]
+
+
+def preempt(state: PlannerState, slot: int) -> Sequence:
+    """Takes the slot and the blocks of a running sequence; its tokens are computed again when it resumes.
+
+    Steps in flight still sample for it, and those tokens count: it waits again once the last of them is committed.
+    """
+    generation = int(state.table.generation[slot])
+    sequence = _leave_slot(state, slot)
+    sequence.num_preemptions += 1
+    if is_in_flight(state, sequence.last_step):
+        sequence.status = Status.DRAINING
+        state.draining[slot, generation] = sequence
+    else:
+        _enqueue(state, sequence)
+    return sequence
+
+
+def requeue_drained(state: PlannerState, completed_step: int) -> None:
+    """Preempted sequences whose last step in flight has completed wait again."""
+    done = [key for key, sequence in state.draining.items() if sequence.last_step <= completed_step]
+    for key in done:
+        sequence = state.draining.pop(key)
+        if sequence.status is Status.DRAINING:
+            _enqueue(state, sequence)
+
+
+def is_in_flight(state: PlannerState, step_id: int) -> bool:
+    return bool(state.in_flight) and step_id >= state.in_flight[0].step_id
+
+
+def _enqueue(state: PlannerState, sequence: Sequence) -> None:
+    sequence.status = Status.WAITING
+    heapq.heappush(state.waiting, (sequence.place, sequence))
+    state.num_waiting += 1
+
+
+def _leave_slot(state: PlannerState, slot: int) -> Sequence:
+    blocks = state.table.blocks_of(slot)
+    sequence = state.table.give_up(slot)
+    fence = sequence.last_step if is_in_flight(state, sequence.last_step) else None
+    state.pool.give_back(blocks, fence)
+    state.freed_slots.append(slot)
+    return sequence

@@ -1,0 +1,192 @@
+"""Scheduling on the truth machine: whatever happens in whatever order, tokens are exact and nothing leaks."""
+
+import random
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from simulation import EOS, Simulation
+
+from scheduler_svc.planner.block_pool import BlockPool
+
+VOCAB_SIZE = 53
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """Random arrivals, aborts, delays of results and pool exhaustion over planner, block pool and stub ranks."""
+
+    @initialize(
+        tp_size=st.sampled_from([1, 2, 4]),
+        depth=st.integers(1, 3),
+        block_size=st.sampled_from([1, 4, 8]),
+        spare_blocks=st.integers(0, 12),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(5, 24),
+    )
+    def start(self, tp_size, depth, block_size, spare_blocks, max_num_seqs, budget):
+        self.simulation = Simulation(
+            tp_size=tp_size,
+            depth=depth,
+            block_size=block_size,
+            num_blocks=48 // block_size + spare_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=48,
+            max_num_batched_tokens=budget,
+            vocab_size=VOCAB_SIZE,
+        )
+        self.labels = 0
+
+    @rule(
+        prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=47),
+        max_tokens=st.integers(1, 60),
+        frontend=st.integers(0, 1),
+        priority=st.integers(-1, 1),
+        stop_token_ids=st.sampled_from([(), (5,), (5, 6, 7)]),
+        ignore_eos=st.booleans(),
+        temperature=st.sampled_from([0.0, 0.7]),
+        seed=st.integers(0, 2**64 - 1),
+        min_tokens=st.integers(0, 12),
+    )
+    def submit(self, prompt, max_tokens, **parameters):
+        self.simulation.submit(prompt, max_tokens, label=f"r{len(self.simulation.expected) % 7}", **parameters)
+
+    @rule()
+    def plan(self):
+        self.simulation.plan()
+
+    @rule()
+    def run_device(self):
+        self.simulation.run_device()
+
+    @rule()
+    def commit(self):
+        self.simulation.commit()
+
+    @rule(turns=st.integers(1, 12))
+    def let_time_pass(self, turns):
+        for _ in range(turns):
+            self.simulation.plan()
+            self.simulation.run_device()
+            self.simulation.commit()
+
+    @precondition(lambda self: any(one.reason is None and not one.gone for one in self.simulation.expected.values()))
+    @rule(data=st.data())
+    def cancel(self, data):
+        live = [key for key, one in self.simulation.expected.items() if one.reason is None and not one.gone]
+        self.simulation.cancel(data.draw(st.sampled_from(live)))
+
+    @rule(label=st.integers(0, 6))
+    def abort(self, label):
+        self.simulation.abort(f"r{label}")
+
+    @rule(frontend=st.integers(0, 1))
+    def lose_frontend(self, frontend):
+        self.simulation.lose_frontend(frontend)
+
+    @invariant()
+    def blocks_add_up(self):
+        if hasattr(self, "simulation"):
+            self.simulation.check_pool()
+
+    def teardown(self):
+        if hasattr(self, "simulation"):
+            self.simulation.finish()
+
+
+TestPlannerMachine = PlannerMachine.TestCase
+TestPlannerMachine.settings = settings(
+    max_examples=150, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def load(simulation: Simulation, rng: random.Random, num: int) -> None:
+    """Submits random sequences, with random pauses, aborts and delays of results between them."""
+    for number in range(num):
+        length = rng.randrange(1, simulation.limits.max_model_len)
+        key = simulation.submit(
+            [rng.randrange(simulation.limits.vocab_size) for _ in range(length)],
+            rng.randrange(1, 60),
+            frontend=rng.randrange(3),
+            priority=rng.choice([0, 0, 0, 1]),
+            ignore_eos=rng.random() < 0.5,
+            temperature=rng.choice([0.0, 1.0]),
+            seed=rng.getrandbits(64),
+            min_tokens=rng.choice([0, 0, 9]),
+        )
+        for _ in range(rng.choice([0, 0, 3, 20])):
+            rng.choice([simulation.plan, simulation.run_device, simulation.commit])()
+        if rng.random() < 0.2 and simulation.expected[key].reason is None:
+            simulation.cancel(key)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_exact_when_the_pool_is_so_small_that_everyone_is_preempted(tp_size, depth):
+    """A pool for hardly more than one sequence: many preemptions, exact tokens, no leak, an end."""
+    num_preemptions = 0
+    for seed in range(6):
+        simulation = Simulation(tp_size, depth, block_size=2, num_blocks=34, max_num_seqs=6, max_model_len=64)
+        load(simulation, random.Random(seed), 30)
+        simulation.finish()
+        num_preemptions += simulation.num_preemptions
+    assert num_preemptions > 20
+
+
+def test_steady_decode_plans_carry_no_rows():
+    """A decode step in which nobody joins or leaves has a plan with block appends only."""
+    simulation = Simulation(num_blocks=60, max_model_len=60)
+    for _ in range(3):
+        simulation.submit([7, 8, 9], 40, ignore_eos=True)
+    simulation.finish()
+    assert simulation.num_rowless_plans >= 36
+
+
+def test_a_sequence_known_to_reach_its_limit_is_left_out():
+    """max_tokens is never overrun: no step is planned whose token would be dropped."""
+    simulation = Simulation(depth=3)
+    simulation.submit([1, 3], 5, ignore_eos=True)
+    simulation.finish()
+    assert simulation.num_steps == 5
+
+
+def test_a_stop_costs_at_most_depth_minus_one_extra_steps():
+    """The end of sequence is seen at commit; what was planned past it is dropped."""
+    simulation = Simulation(depth=3, vocab_size=11)
+    key = simulation.submit([1, 3], 50)
+    simulation.finish()
+    assert simulation.expected[key].tokens[-1] == EOS
+    assert simulation.num_steps <= len(simulation.expected[key].tokens) + 2
+
+
+def test_higher_priority_starts_first():
+    simulation = Simulation(max_num_seqs=1)
+    late = simulation.submit([1], 3, ignore_eos=True, priority=0)
+    early = simulation.submit([1, 2], 3, ignore_eos=True, priority=5)
+    while simulation.expected[early].reason is None:
+        assert simulation.expected[late].got == []
+        assert simulation.plan() or simulation.run_device() or simulation.commit()
+    simulation.finish()
+
+
+def test_the_checker_sees_a_block_that_is_reused_too_early(monkeypatch):
+    """Without fences the same load fails: the test above can fail."""
+    give_back = BlockPool.give_back
+    monkeypatch.setattr(BlockPool, "give_back", lambda self, blocks, fence: give_back(self, blocks, None))
+    with pytest.raises(AssertionError, match="before their fence"):
+        for seed in range(20):
+            simulation = Simulation(depth=3, block_size=2, num_blocks=34, max_num_seqs=6, max_model_len=64)
+            load(simulation, random.Random(seed), 30)
+            simulation.finish()
+
+
+def test_the_truth_machine_sees_a_wrong_block(monkeypatch):
+    """A single corrupted word in one rank's cache changes the tokens."""
+    simulation = Simulation(tp_size=2)
+    simulation.submit([1, 2, 3, 4, 5], 20, ignore_eos=True)
+    for _ in range(4):
+        simulation.plan(), simulation.run_device(), simulation.commit()
+    slot = int(simulation.state.table.active.nonzero()[0][0])
+    simulation.engines[1]._cache[simulation.state.table.block_tables[slot, 0], 1, 0] ^= 1
+    with pytest.raises(AssertionError, match="a wrong token"):
+        simulation.finish()

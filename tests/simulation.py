@@ -1,0 +1,247 @@
+"""The planner and stub ranks in one process, with time in the test's hands: plans run and results arrive when told.
+
+Everything is real but the transport: plans pass through the wire codec, every rank keeps its own batch state and
+blocks, and a checker that knows nothing of the planner's insides watches which blocks and slots each plan touches.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from albireo.plan import StepPlan, decode_plan, encode_plan
+from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
+from scheduler_svc.planner.commit import commit_step
+from scheduler_svc.planner.policy import plan_step
+from scheduler_svc.planner.sequence import EndReason
+from scheduler_svc.planner.state import Limits, PlannerState
+from worker_svc.batch import BatchState, InputBatch
+from worker_svc.engine import EngineConfig
+from worker_svc.stub.engine import StubEngine
+from worker_svc.stub.truth import true_tokens
+
+EOS = 2
+
+
+@dataclass
+class Expected:
+    """What a submitted sequence must bring."""
+
+    tokens: np.ndarray
+    ends_with_stop: bool
+    got: list[int] = field(default_factory=list)
+    reason: EndReason | None = None
+    gone: bool = False  # cancelled, truncated or aborted: a prefix is all that may have come
+
+
+class FenceChecker:
+    """Watches plans and results: a block handed to a sequence must not be touched by a step still in flight."""
+
+    def __init__(self) -> None:
+        self._tables: dict[int, list[int]] = {}
+        self._row_slots: list[int] = []
+        self._touched: deque[tuple[int, set[int]]] = deque()
+
+    def see_plan(self, plan: StepPlan) -> None:
+        for slot in plan.finished_slots:
+            self._tables.pop(int(slot), None)
+        busy = set().union(*(blocks for _, blocks in self._touched)) if self._touched else set()
+        for new in plan.new_sequences:
+            assert new.slot not in self._tables, f"slot {new.slot} is taken while its sequence runs"
+            self._hand_out(new.slot, new.block_table.tolist(), busy)
+        for slot, block in zip(plan.append_slots.tolist(), plan.append_blocks.tolist(), strict=True):
+            self._hand_out(slot, [block], busy)
+        if plan.rows is not None:
+            self._row_slots = plan.rows.slots.tolist()
+        assert len(set(self._row_slots)) == len(self._row_slots), "a sequence has two rows in one step"
+        self._touched.append((plan.step_id, {block for slot in self._row_slots for block in self._tables[slot]}))
+
+    def see_result(self, step_id: int) -> None:
+        assert self._touched.popleft()[0] == step_id
+
+    def _hand_out(self, slot: int, blocks: list[int], busy: set[int]) -> None:
+        assert not busy & set(blocks), f"blocks {busy & set(blocks)} are reused before their fence"
+        owned = {block for table in self._tables.values() for block in table}
+        assert not owned & set(blocks), f"blocks {owned & set(blocks)} have two owners"
+        assert len(set(blocks)) == len(blocks)
+        self._tables.setdefault(slot, []).extend(blocks)
+
+
+class Simulation:
+    """A planner with a group of ``tp_size`` stub ranks."""
+
+    def __init__(
+        self,
+        tp_size: int = 1,
+        depth: int = 2,
+        block_size: int = 4,
+        num_blocks: int = 40,
+        max_num_seqs: int = 4,
+        max_model_len: int = 64,
+        max_num_batched_tokens: int = 16,
+        vocab_size: int = 53,
+    ) -> None:
+        self.limits = Limits(
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            vocab_size=vocab_size,
+            eos_token_ids=(EOS,),
+            depth=depth,
+        )
+        self.state = PlannerState.make(self.limits, epoch=1)
+        self.engines = [StubEngine(self._engine_config(rank, tp_size)) for rank in range(tp_size)]
+        for engine in self.engines:
+            engine._vocab_size = vocab_size
+            engine.allocate(num_blocks)
+        self.batch_states = [BatchState(max_num_seqs, max_model_len, block_size) for _ in range(tp_size)]
+        self.checker = FenceChecker()
+        self.planned: deque[tuple[int, list[InputBatch]]] = deque()
+        self.results: deque[tuple[int, np.ndarray]] = deque()
+        self.expected: dict[tuple[int, int], Expected] = {}
+        self.num_steps = self.num_preemptions = self.num_rowless_plans = 0
+
+    def _engine_config(self, rank: int, tp_size: int) -> EngineConfig:
+        return EngineConfig(
+            model_path=Path(),
+            rank=rank,
+            tp_size=tp_size,
+            run_dir=Path(),
+            device="cpu",
+            dtype="auto",
+            max_num_seqs=self.limits.max_num_seqs,
+            max_model_len=self.limits.max_model_len,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+            kv_cache_gib=0,
+            block_size=self.limits.block_size,
+        )
+
+    # What front ends do.
+
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        frontend: int = 0,
+        label: str = "",
+        priority: int = 0,
+        stop_token_ids: tuple[int, ...] = (),
+        ignore_eos: bool = False,
+        **sampling: float,
+    ) -> tuple[int, int]:
+        """Submits a sequence and works out its true output; returns its key."""
+        key = (frontend, len(self.expected) + 1)
+        message = frontend_pb2.Submit(
+            sequence_id=key[1],
+            request_id=label,
+            token_ids=np.array(prompt, dtype="<i4").tobytes(),
+            max_tokens=max_tokens,
+            sampling=plan_pb2.Sampling(**{"top_p": 1.0, **sampling}),
+            stop_token_ids=np.array(stop_token_ids, dtype="<i4").tobytes(),
+            ignore_eos=ignore_eos,
+            priority=priority,
+        )
+        self.send(frontend, submits=[message])
+        ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else {EOS})
+        true_sampling = plan_pb2.Sampling(
+            **{"top_p": 1.0, **sampling}, suppressed_token_ids=np.array(sorted(ends), dtype="<i4").tobytes()
+        )
+        room = min(max_tokens, self.limits.max_model_len - len(prompt))
+        tokens = true_tokens(np.array(prompt, dtype=np.int32), true_sampling, ends, room, self.limits.vocab_size)
+        stops = int(tokens[-1]) in ends and len(tokens) > true_sampling.min_tokens
+        self.expected[key] = Expected(tokens, stops)
+        return key
+
+    def send(self, frontend: int, **fields: object) -> list[frontend_pb2.Ended]:
+        message = frontend_pb2.FrontendMessage(**fields)
+        return apply_message(self.state, frontend, message, len(self.expected), now_ns=0)
+
+    def cancel(self, key: tuple[int, int]) -> None:
+        self.send(key[0], cancels=[key[1]])
+        self.expected[key].gone = True
+
+    def abort(self, label: str) -> None:
+        for sequence in abort_labelled(self.state, {label}):
+            self.expected[sequence.frontend, sequence.sequence_id].gone = True
+
+    def lose_frontend(self, frontend: int) -> None:
+        end_all_of(self.state, frontend)
+        for (owner, _), expected in self.expected.items():
+            expected.gone |= owner == frontend and expected.reason is None
+
+    # What time brings.
+
+    def plan(self) -> bool:
+        """Makes one plan, if one can be made, and lets every rank prepare it."""
+        planned = plan_step(self.state)
+        if planned is None:
+            return False
+        plan = decode_plan(encode_plan(planned.plan))
+        self.checker.see_plan(plan)
+        batches = [state.apply(plan) for state in self.batch_states]
+        self.planned.append((plan.step_id, batches))
+        self.num_steps += 1
+        self.num_preemptions += len(planned.preempted)
+        self.num_rowless_plans += plan.rows is None
+        assert len(self.state.in_flight) <= self.limits.depth
+        return True
+
+    def run_device(self) -> bool:
+        """Runs the oldest plan that has not run on all ranks."""
+        if not self.planned:
+            return False
+        step_id, batches = self.planned.popleft()
+        digests = np.sum(
+            [engine.forward(batch) for engine, batch in zip(self.engines, batches, strict=True)], axis=0, dtype=np.uint64
+        )
+        tokens = [engine.sample(batch, digests) for engine, batch in zip(self.engines, batches, strict=True)]
+        assert all((own == tokens[0]).all() for own in tokens)
+        self.results.append((step_id, tokens[0]))
+        return True
+
+    def commit(self) -> bool:
+        """Delivers the oldest result to the planner."""
+        if not self.results:
+            return False
+        step_id, tokens = self.results.popleft()
+        self.checker.see_result(step_id)
+        committed = commit_step(self.state, step_id, tokens)
+        columns = (committed.frontends.tolist(), committed.sequence_ids.tolist(), committed.token_ids.tolist())
+        for frontend, sequence_id, token in zip(*columns, strict=True):
+            expected = self.expected[frontend, sequence_id]
+            assert expected.reason is None, "a token after the end"
+            assert not expected.gone, "a token for a sequence whose client is gone"
+            expected.got.append(token)
+            assert expected.got == expected.tokens[: len(expected.got)].tolist(), "a wrong token"
+        for one in committed.ended:
+            expected = self.expected[one.sequence.frontend, one.sequence.sequence_id]
+            expected.reason = one.reason
+            assert expected.got == expected.tokens.tolist(), "ended too early"
+            assert (one.reason is EndReason.STOP) == expected.ends_with_stop
+        return True
+
+    def check_pool(self) -> None:
+        pool, table = self.state.pool, self.state.table
+        assert pool.num_free + pool.num_fenced + pool.num_held == pool.num_blocks
+        assert pool.num_held == int(table.num_blocks[table.active].sum())
+
+    def finish(self) -> None:
+        """Runs to the end: everything ends, nothing leaks, in a bounded number of steps."""
+        tokens = sum(len(one.tokens) + 64 for one in self.expected.values())
+        for _ in range(40 * tokens + 100):
+            if not (self.plan() or self.run_device() or self.commit()):
+                break
+        assert self.state.is_idle, "no progress"
+        for expected in self.expected.values():
+            assert expected.gone or expected.reason is not None
+        self.check_pool()
+        assert self.state.pool.num_free == self.state.pool.num_blocks, "leaked blocks"
+        assert self.state.num_running == self.state.num_waiting == 0
+        assert not self.state.draining
+        assert sorted(self.state.table.free_slots) == list(range(self.limits.max_num_seqs))
+
+

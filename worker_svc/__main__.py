@@ -1,0 +1,49 @@
+"""``python -m worker_svc``: one worker group on this host, or one of its ranks (``--rank``)."""
+
+import asyncio
+import contextlib
+import dataclasses
+import sys
+import tempfile
+from pathlib import Path
+
+import structlog
+
+from albireo.config import parse, to_argv
+from albireo.errors import AlbireoError
+from albireo.logging import set_up_logging
+from albireo.supervise import Child, python_module, run_until_exit
+from worker_svc.config import WorkerConfig
+from worker_svc.rank import run_rank
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse(WorkerConfig, "python -m worker_svc", "Runs a model on the ranks of one worker group.", argv)
+    set_up_logging("worker" if config.rank < 0 else f"rank-{config.rank}", config.log_level)
+    try:
+        if config.rank >= 0:
+            return run_rank(config, Path(config.run_dir))
+        with contextlib.ExitStack() as stack:
+            run_dir = config.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="albireo-group-"))
+            return _run_group(dataclasses.replace(config, run_dir=run_dir))
+    except AlbireoError as error:
+        structlog.get_logger().error("worker ends", error=str(error), kind=type(error).__name__)
+        return 2
+
+
+def _run_group(config: WorkerConfig) -> int:
+    logs = Path(config.run_dir) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    ranks = [dataclasses.replace(config, rank=rank) for rank in range(config.tp)]
+    names = [field.name for field in dataclasses.fields(WorkerConfig)]
+    children = [
+        Child(
+            f"rank-{rank.rank}", [*python_module("worker_svc"), *to_argv(rank, *names)], logs / f"rank-{rank.rank}.log"
+        )
+        for rank in ranks
+    ]
+    return asyncio.run(run_until_exit(children, together=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

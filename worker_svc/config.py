@@ -1,0 +1,30 @@
+"""Configuration of the worker service."""
+
+from dataclasses import dataclass
+
+from albireo.config import flag
+
+
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Flags of ``python -m worker_svc``: one worker group on this host."""
+
+    model: str = flag("demo", "model directory, Hub id, or 'demo'")
+    engine: str = flag("torch", "what runs the model", choices=("torch", "stub"))
+    tp: int = flag(1, "ranks of the group (tensor parallelism)")
+    device: str = flag("auto", "auto takes an NVIDIA GPU where there is one", choices=("auto", "cpu", "cuda"))
+    dtype: str = flag("auto", "auto takes the checkpoint's", choices=("auto", "float32", "bfloat16"))
+    max_num_seqs: int = flag(0, "sequences that run at once; 0: 64 on a CPU, 256 on a GPU")
+    max_model_len: int = flag(0, "longest sequence, tokens; 0: the model's")
+    max_num_batched_tokens: int = flag(0, "tokens of one step; 0: 512 on a CPU, 4096 on a GPU")
+    kv_cache_gib: float = flag(0.0, "KV cache of each rank, GiB; 0: what all sequences need, within the memory")
+    listen: str = flag("127.0.0.1:50052", "address of the group's leader: host:port or unix:path")
+    run_dir: str = flag("", "directory for sockets and logs of this group; default: a temporary one")
+    metrics_port: int = flag(0, "Prometheus metrics of the leader on this port of 127.0.0.1; 0: none")
+    log_level: str = flag("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    stub_step_ms: float = flag(0.0, "how long a step of the stub engine lasts (modelled)")
+    rank: int = flag(-1, "run this rank only; -1: start all ranks of the group and watch them")
+
+    def __post_init__(self) -> None:
+        if self.tp < 1:
+            raise ValueError(f"--tp {self.tp}: at least 1")
