@@ -78,7 +78,7 @@ class WorkerGroup:
         self._seconds = dict.fromkeys(("prepare", "forward", "sample", "idle"), 0.0)
         self._metrics = self._make_metrics()
 
-    def handlers(self) -> grpc.GenericRpcHandler[Any, Any]:
+    def handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
         return grpc.method_handlers_generic_handler(
             SERVICE_NAME,
             {
@@ -120,11 +120,11 @@ class WorkerGroup:
         return Readings({}, counters)
 
     async def get_status(
-        self, _request: plan_pb2.GetStatusRequest, _context: aio.ServicerContext[Any, Any]
+        self, _request: plan_pb2.GetStatusRequest, _context: "aio.ServicerContext[Any, Any]"
     ) -> plan_pb2.GroupStatus:
         return self._status
 
-    async def run(self, plans: AsyncIterator[bytes], context: aio.ServicerContext[Any, Any]) -> AsyncIterator[bytes]:
+    async def run(self, plans: AsyncIterator[bytes], context: "aio.ServicerContext[Any, Any]") -> AsyncIterator[bytes]:
         """The plan stream. A second planner takes over: the first one's stream ends."""
         if self._state is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the group is still loading")

@@ -83,7 +83,7 @@ class PlannerService:
     async def Attach(  # gRPC's name
         self,
         messages: AsyncIterator[frontend_pb2.FrontendMessage],
-        context: aio.ServicerContext[frontend_pb2.FrontendMessage, frontend_pb2.PlannerMessage],
+        context: "aio.ServicerContext[frontend_pb2.FrontendMessage, frontend_pb2.PlannerMessage]",
     ) -> AsyncIterator[frontend_pb2.PlannerMessage]:
         """A front end's stream: its messages in, its tokens out; its end gives back all its sequences."""
         hello = await anext(aiter(messages), None)
