@@ -1,7 +1,31 @@
 """Settings that all tests share."""
 
+import json
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
 settings.register_profile("albireo", deadline=None, derandomize=True)
 settings.load_profile("albireo")
+
+
+@pytest.fixture(scope="session")
+def stub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory for the stub engine: a shape and a tokenizer, no weights."""
+    directory = tmp_path_factory.mktemp("stub-model")
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 1003,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 512,
+        "eos_token_id": 2,
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory

@@ -196,7 +196,9 @@ class Simulation:
             return False
         step_id, batches = self.planned.popleft()
         digests = np.sum(
-            [engine.forward(batch) for engine, batch in zip(self.engines, batches, strict=True)], axis=0, dtype=np.uint64
+            [engine.forward(batch) for engine, batch in zip(self.engines, batches, strict=True)],
+            axis=0,
+            dtype=np.uint64,
         )
         tokens = [engine.sample(batch, digests) for engine, batch in zip(self.engines, batches, strict=True)]
         assert all((own == tokens[0]).all() for own in tokens)
@@ -243,5 +245,3 @@ class Simulation:
         assert self.state.num_running == self.state.num_waiting == 0
         assert not self.state.draining
         assert sorted(self.state.table.free_slots) == list(range(self.limits.max_num_seqs))
-
-

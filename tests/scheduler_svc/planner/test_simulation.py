@@ -102,7 +102,7 @@ TestPlannerMachine.settings = settings(
 
 def load(simulation: Simulation, rng: random.Random, num: int) -> None:
     """Submits random sequences, with random pauses, aborts and delays of results between them."""
-    for number in range(num):
+    for _ in range(num):
         length = rng.randrange(1, simulation.limits.max_model_len)
         key = simulation.submit(
             [rng.randrange(simulation.limits.vocab_size) for _ in range(length)],
@@ -114,7 +114,7 @@ def load(simulation: Simulation, rng: random.Random, num: int) -> None:
             seed=rng.getrandbits(64),
             min_tokens=rng.choice([0, 0, 9]),
         )
-        for _ in range(rng.choice([0, 0, 3, 20])):
+        for _pause in range(rng.choice([0, 0, 3, 20])):
             rng.choice([simulation.plan, simulation.run_device, simulation.commit])()
         if rng.random() < 0.2 and simulation.expected[key].reason is None:
             simulation.cancel(key)
@@ -173,11 +173,15 @@ def test_the_checker_sees_a_block_that_is_reused_too_early(monkeypatch):
     """Without fences the same load fails: the test above can fail."""
     give_back = BlockPool.give_back
     monkeypatch.setattr(BlockPool, "give_back", lambda self, blocks, fence: give_back(self, blocks, None))
-    with pytest.raises(AssertionError, match="before their fence"):
+
+    def run_loads():
         for seed in range(20):
             simulation = Simulation(depth=3, block_size=2, num_blocks=34, max_num_seqs=6, max_model_len=64)
             load(simulation, random.Random(seed), 30)
             simulation.finish()
+
+    with pytest.raises(AssertionError, match="before their fence"):
+        run_loads()
 
 
 def test_the_truth_machine_sees_a_wrong_block(monkeypatch):

@@ -1,0 +1,93 @@
+"""Starts the real services as processes, on unix sockets and free ports of the loopback interface."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+START_TIMEOUT_S = 120.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_serving(target: str, process: subprocess.Popen | None = None, log: Path | None = None) -> None:
+    """Waits until grpc.health.v1 says SERVING; fails at once, with the log, when the process is gone."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        if process is not None and process.poll() is not None:
+            break
+        with grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+            try:
+                request = health_pb2.HealthCheckRequest()
+                answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2, wait_for_ready=True)
+                if answer.status == health_pb2.HealthCheckResponse.SERVING:
+                    return
+            except grpc.RpcError:
+                pass
+        time.sleep(0.05)
+    text = log.read_text()[-4000:] if log and log.exists() else ""
+    raise AssertionError(f"{target} is not serving\n{text}")
+
+
+@contextlib.contextmanager
+def process(argv: list[str], log: Path, **env: str) -> Iterator[subprocess.Popen]:
+    """A child process that is asked to end, and killed if it does not; its output goes to ``log``."""
+    with log.open("ab") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", *argv], stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **env}
+        )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        try:
+            child.wait(15)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            raise AssertionError(f"{argv[0]} did not end on SIGTERM\n{log.read_text()[-4000:]}") from None
+
+
+@contextlib.contextmanager
+def worker_group(run_dir: Path, model: str | Path, **flags: object) -> Iterator[str]:
+    """A worker group; yields its address. Flags by their Python names: ``tp=2``."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    address = f"unix:{run_dir}/group.sock"
+    argv = ["worker_svc", "--model", str(model), "--listen", address, "--run-dir", str(run_dir), *_argv(flags)]
+    with process(argv, run_dir / "worker.log") as child:
+        wait_until_serving(address, child, run_dir / "logs" / "rank-0.log")
+        yield address
+
+
+@contextlib.contextmanager
+def scheduler(run_dir: Path, model: str | Path, group: str, **flags: object) -> Iterator[str]:
+    """A planner with front ends; yields the address for clients."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    argv = ["scheduler_svc", "--model", str(model), "--group", group, "--planner", f"unix:{run_dir}/planner.sock"]
+    argv += ["--port", str(port), "--run-dir", str(run_dir), *_argv(flags)]
+    with process(argv, run_dir / "scheduler.log") as child:
+        wait_until_serving(f"127.0.0.1:{port}", child, run_dir / "logs" / "frontend-0.log")
+        yield f"127.0.0.1:{port}"
+
+
+def _argv(flags: dict[str, object]) -> list[str]:
+    argv = []
+    for name, value in flags.items():
+        argv.append("--" + name.replace("_", "-"))
+        if value is not True:
+            argv.append(str(value))
+    return argv

@@ -1,0 +1,122 @@
+"""Batch state: what a rank computes in a step follows from the plans alone."""
+
+import numpy as np
+import pytest
+
+from albireo.errors import GroupError
+from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
+from albireo.v1 import plan_pb2
+from worker_svc.batch import BatchState
+
+BLOCK_SIZE = 4
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def new_sequence(slot: int, tokens: int, blocks: list[int], num_prompt: int | None = None, **sampling: float):
+    return NewSequence(
+        slot=slot,
+        token_ids=np.arange(100, 100 + tokens, dtype=np.int32),
+        num_prompt_tokens=tokens if num_prompt is None else num_prompt,
+        num_computed_tokens=0,
+        block_table=ints(*blocks),
+        sampling=plan_pb2.Sampling(**{"top_p": 1.0, **sampling}),
+    )
+
+
+def make_state() -> BatchState:
+    return BatchState(max_num_seqs=3, max_model_len=16, block_size=BLOCK_SIZE)
+
+
+def test_a_prompt_in_chunks_then_decodes():
+    """Chunks read known tokens, the last one samples, and decodes read the last sampled token on the device."""
+    state = make_state()
+    rows = Rows(ints(1), ints(4), np.array([False]))
+    batch = state.apply(StepPlan(1, 0, rows, new_sequences=(new_sequence(1, 6, [7, 5]),)))
+    assert batch.token_ids.tolist() == [100, 101, 102, 103]
+    assert batch.positions.tolist() == [0, 1, 2, 3]
+    assert batch.slot_mapping.tolist() == [28, 29, 30, 31]
+    assert len(batch.sample_rows) == 0
+
+    batch = state.apply(StepPlan(1, 1, Rows(ints(1), ints(2), np.array([True]))))
+    assert batch.token_ids.tolist() == [104, 105]
+    assert batch.slot_mapping.tolist() == [20, 21]
+    assert batch.context_lens.tolist() == [6]
+    assert batch.output_positions.tolist() == [0]
+
+    batch = state.apply(StepPlan(1, 2, None))
+    assert batch.from_last_token.tolist() == [True]
+    assert batch.positions.tolist() == [6]
+    assert batch.output_positions.tolist() == [1]
+
+
+def test_block_appends_extend_the_table():
+    state = make_state()
+    state.apply(StepPlan(1, 0, decode_rows(ints(0)), new_sequences=(new_sequence(0, 1, [2]),)))
+    for step in range(1, 4):
+        state.apply(StepPlan(1, step, None))
+    batch = state.apply(StepPlan(1, 4, None, append_slots=ints(0), append_blocks=ints(9)))
+    assert batch.slot_mapping.tolist() == [9 * BLOCK_SIZE]
+    assert batch.block_tables.tolist() == [[2, 9]]
+
+
+def test_mixed_rows_lie_one_after_the_other():
+    state = make_state()
+    first = new_sequence(0, 3, [1])
+    state.apply(StepPlan(1, 0, Rows(ints(0), ints(3), np.array([True])), new_sequences=(first,)))
+    rows = Rows(ints(0, 2), ints(1, 5), np.array([True, False]))
+    batch = state.apply(StepPlan(1, 1, rows, new_sequences=(new_sequence(2, 8, [3, 4]),)))
+    assert batch.query_starts.tolist() == [0, 1, 6]
+    assert batch.positions.tolist() == [3, 0, 1, 2, 3, 4]
+    assert batch.token_slots.tolist() == [0, 2, 2, 2, 2, 2]
+    assert batch.from_last_token.tolist() == [True] + [False] * 5
+    assert batch.sample_rows.tolist() == [0]
+    assert batch.sample_slots.tolist() == [0]
+
+
+def test_a_resumed_sequence_keeps_its_output_position_and_its_min_tokens():
+    """Prompt of 2, three tokens of output known: the next one is output position 3."""
+    state = make_state()
+    resumed = new_sequence(0, 5, [1, 2], num_prompt=2, min_tokens=4, suppressed_token_ids=ints(8).tobytes())
+    batch = state.apply(StepPlan(1, 0, Rows(ints(0), ints(5), np.array([True])), new_sequences=(resumed,)))
+    assert batch.output_positions.tolist() == [3]
+    assert [(row, ids.tolist()) for row, ids in batch.sampling.suppressed] == [(0, [8])]
+    batch = state.apply(StepPlan(1, 1, None))
+    assert batch.output_positions.tolist() == [4]
+    assert batch.sampling.suppressed == ()
+
+
+def test_sampling_parameters_are_copied_into_the_batch():
+    """A slot may change hands while a prepared step still waits to run."""
+    state = make_state()
+    plan = StepPlan(1, 0, decode_rows(ints(0)), new_sequences=(new_sequence(0, 1, [1], temperature=0.5, seed=7),))
+    batch = state.apply(plan)
+    taken_over = new_sequence(0, 1, [2], temperature=2.0, seed=8)
+    state.apply(StepPlan(1, 1, decode_rows(ints(0)), finished_slots=ints(0), new_sequences=(taken_over,)))
+    assert batch.sampling.temperature.tolist() == [0.5]
+    assert batch.sampling.seed.tolist() == [7]
+
+
+def test_a_gap_in_the_stream_is_an_error():
+    state = make_state()
+    state.apply(StepPlan(1, 5, decode_rows(ints())))
+    with pytest.raises(GroupError, match="step 7 where step 6"):
+        state.apply(StepPlan(1, 7, decode_rows(ints())))
+
+
+def test_a_new_epoch_begins_anew_and_an_old_one_is_refused():
+    state = make_state()
+    state.apply(StepPlan(2, 5, decode_rows(ints(0)), new_sequences=(new_sequence(0, 1, [1]),)))
+    state.apply(StepPlan(3, 0, decode_rows(ints())))
+    with pytest.raises(GroupError, match="epoch 2 after epoch 3"):
+        state.apply(StepPlan(2, 6, None))
+    with pytest.raises(GroupError, match="past its sequence's blocks"):
+        state.apply(StepPlan(3, 1, decode_rows(ints(0))))
+
+
+def test_what_does_not_fit_is_an_error():
+    state = make_state()
+    with pytest.raises(GroupError, match="do not fit"):
+        state.apply(StepPlan(1, 0, decode_rows(ints(0)), new_sequences=(new_sequence(0, 17, [1, 2, 3, 4, 5]),)))
