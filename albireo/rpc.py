@@ -24,8 +24,7 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     *_COMMON_OPTIONS,
     # Two clients of one process must not share a connection, and a server that restarts is found again at once.
     ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.min_reconnect_backoff_ms", 50),
+    ("grpc.initial_reconnect_backoff_ms", 50),  # not the minimum, which is a connection attempt's time limit, too
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # Channels inside the group of services never go through a web proxy of the environment.
     ("grpc.enable_http_proxy", 0),

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoints import write_tokenizer
 from hypothesis import settings
 
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
@@ -28,4 +29,5 @@ def stub_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "eos_token_id": 2,
     }
     (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory, vocab_size=1003)
     return directory
