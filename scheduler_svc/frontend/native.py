@@ -1,0 +1,114 @@
+"""albireo.v1.Generation."""
+
+from albireo.errors import AlbireoError
+from albireo.v1 import generation_pb2, generation_pb2_grpc
+from scheduler_svc.frontend.completion import Delta, Finish
+from scheduler_svc.frontend.core import Context, Core, tenant_of
+from scheduler_svc.frontend.stream import RequestStream
+from scheduler_svc.frontend.validation import RequestFields, SamplingFields
+
+SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
+
+
+class GenerationServicer(generation_pb2_grpc.GenerationServicer):
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def Generate(  # type: ignore[override]  # writes by itself instead of yielding
+        self, request: generation_pb2.GenerateRequest, context: Context
+    ) -> None:
+        async def generate(request_id: str) -> None:
+            with await self._core.open(_fields(request, request_id, tenant_of(context))) as stream:
+                while not stream.is_done:
+                    await stream.wait()
+                    async with self._core.write_slots.slot():
+                        if delta := stream.take():
+                            await context.write(_response(delta, stream))
+
+        await self._core.handle(context, request.request_id, generate)
+
+    async def Abort(self, request: generation_pb2.AbortRequest, context: Context) -> generation_pb2.AbortResponse:
+        self._core.link.abort_labels([label for label in request.request_ids if label])
+        return generation_pb2.AbortResponse()
+
+    async def GetModelInfo(
+        self, request: generation_pb2.GetModelInfoRequest, context: Context
+    ) -> generation_pb2.ModelInfo:
+        try:
+            return _model_info(self._core)
+        except AlbireoError as error:
+            await context.abort(error.status, str(error))
+            raise
+
+
+def _fields(request: generation_pb2.GenerateRequest, request_id: str, tenant: str | None) -> RequestFields:
+    which = request.WhichOneof("prompt")
+    return RequestFields(
+        request_id=request_id,
+        prompt=None if which is None else request.text if which == "text" else request.token_ids.ids,
+        prompt_field=which or "prompt",
+        sampling=_sampling_fields(request.sampling_params),
+        wants_text=True,
+        wants_stop_token=True,
+        priority=request.priority,
+        tenant=tenant,
+    )
+
+
+def _sampling_fields(params: generation_pb2.SamplingParams) -> SamplingFields:
+    return SamplingFields(
+        temperature=params.temperature if params.HasField("temperature") else None,
+        top_p=params.top_p if params.HasField("top_p") else None,
+        top_k=params.top_k if params.HasField("top_k") else None,
+        seed=params.seed if params.HasField("seed") else None,
+        max_tokens=params.max_tokens if params.HasField("max_tokens") else None,
+        min_tokens=params.min_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
+        n=params.n if params.HasField("n") else 1,
+    )
+
+
+def _response(delta: Delta, stream: RequestStream) -> generation_pb2.GenerateResponse:
+    request = stream.request
+    return generation_pb2.GenerateResponse(
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        prompt_token_ids=request.token_ids.tolist() if delta.is_first else (),
+        finish=_finish(delta.finish, len(request.token_ids)) if delta.finish is not None else None,
+    )
+
+
+def _finish(finish: Finish, num_prompt_tokens: int) -> generation_pb2.Finish:
+    return generation_pb2.Finish(
+        reason=finish.reason,
+        matched_token_id=finish.matched_token_id,
+        matched_stop_str=finish.matched_stop_str,
+        usage=generation_pb2.Usage(prompt_tokens=num_prompt_tokens, completion_tokens=finish.num_output_tokens),
+        timings=finish.timings,
+    )
+
+
+def _model_info(core: Core) -> generation_pb2.ModelInfo:
+    group, model = core.group, core.model
+    return generation_pb2.ModelInfo(
+        name=model.name,
+        path=str(model.spec.path),
+        architectures=[model.spec.architecture],
+        vocab_size=group.vocab_size,
+        max_model_len=group.max_model_len,
+        eos_token_ids=group.eos_token_ids,
+        tp_size=group.tp_size,
+        engine=group.engine,
+        dtype=group.dtype,
+        max_num_seqs=group.max_num_seqs,
+        block_size=group.block_size,
+        num_blocks=group.num_blocks,
+        default_sampling_params=generation_pb2.SamplingParams(
+            temperature=model.defaults.temperature, top_p=model.defaults.top_p, top_k=model.defaults.top_k
+        ),
+    )

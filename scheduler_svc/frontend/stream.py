@@ -1,0 +1,194 @@
+"""A request in flight, as its RPC handler sees it: completions to wait for and to take deltas from."""
+
+import asyncio
+from collections import deque
+from types import TracebackType
+
+import grpc
+
+from albireo.arrays import pack_int32
+from albireo.errors import AlbireoError
+from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.frontend.completion import Completion, Delta
+from scheduler_svc.frontend.link import PlannerLink
+from scheduler_svc.frontend.metrics import Metrics
+from scheduler_svc.frontend.text import Detokenizer, StopMatcher
+from scheduler_svc.frontend.validation import GenerationRequest
+
+_STATUS_OF_CODE: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
+
+
+class RequestRefused(AlbireoError):
+    """The planner refused or failed a sequence; the status is its."""
+
+    def __init__(self, refusal: frontend_pb2.Refusal) -> None:
+        super().__init__(refusal.message)
+        self.status = _STATUS_OF_CODE.get(refusal.code, grpc.StatusCode.INTERNAL)
+
+
+class RequestStream:
+    """The sequences of one request. A context manager: on exit, what still runs is cancelled at the planner.
+
+    Use: until `is_done`, `wait` and then `take`. With ``in_full``, nothing is ready before all completions are over.
+    ``arrived_at`` is the request's arrival by the monotonic clock.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        eos_token_ids: frozenset[int],
+        link: PlannerLink,
+        detokenizer: Detokenizer,
+        metrics: Metrics,
+        arrived_at: float,
+        in_full: bool = False,
+    ) -> None:
+        self.request = request
+        self._link = link
+        self._metrics = metrics
+        self._in_full = in_full
+        self._arrived_at = arrived_at
+        self._ready: deque[_Sequence] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: AlbireoError | None = None
+        self._num_unfinished = request.n  # completions whose last delta was not taken
+        self._num_running = request.n
+        end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
+        self._sequences = [
+            _Sequence(self, _open_completion(i, request, end_ids, detokenizer)) for i in range(request.n)
+        ]
+        self._end_ids = end_ids
+
+    def __enter__(self) -> "RequestStream":
+        submit = _submit(self.request, self._end_ids)
+        for sequence in self._sequences:
+            submit.sampling.seed = self.request.seed_of(sequence.completion.index)
+            sequence.sequence_id = self._link.submit(submit, sequence)
+        self._metrics.num_streams_open += 1
+        self._metrics.num_prompt_tokens += len(self.request.token_ids)
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._metrics.num_streams_open -= 1
+        for sequence in self._sequences:
+            self._link.cancel(sequence.sequence_id)  # nothing where it is over
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every completion's last delta was taken."""
+        return self._num_unfinished == 0
+
+    async def wait(self) -> None:
+        """Waits until a completion has something new. Raises what the request failed with."""
+        if not self._ready and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        if self._error is not None:
+            raise self._error
+
+    def take(self) -> Delta:
+        """Everything new of the completion that has waited longest; call after `wait`."""
+        sequence = self._ready.popleft()
+        sequence.is_ready = False
+        delta = sequence.completion.take()
+        if delta.finish is not None:
+            self._num_unfinished -= 1
+        return delta
+
+    def first_token_came(self, now: float) -> None:
+        self._metrics.time_to_first_token.observe(now - self._arrived_at)
+
+    def changed(self, sequence: "_Sequence") -> None:
+        """A sequence has something new, or is over."""
+        if self._in_full:
+            if sequence.completion.finish is None:
+                return
+            self._num_running -= 1
+            if self._num_running:
+                return
+            self._ready.extend(self._sequences)
+        elif not sequence.is_ready:
+            sequence.is_ready = True
+            self._ready.append(sequence)
+        self._wake()
+
+    def fail(self, error: AlbireoError) -> None:
+        self._error = self._error or error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class _Sequence:
+    """The link's receiver of one sequence: hands on to the completion, measures, wakes the handler."""
+
+    __slots__ = ("_last", "_stream", "completion", "is_ready", "sequence_id")
+
+    def __init__(self, stream: RequestStream, completion: Completion) -> None:
+        self.completion = completion
+        self.sequence_id = 0
+        self.is_ready = False  # in the stream's queue
+        self._stream = stream
+        self._last = 0.0  # when tokens came; 0 before the first
+
+    def receive(self, token_ids: list[int], now: float) -> None:
+        stream = self._stream
+        metrics = stream._metrics
+        metrics.num_output_tokens += len(token_ids)
+        if self._last:
+            metrics.inter_token_latency.observe(now - self._last)
+        else:
+            stream.first_token_came(now)
+        self._last = now
+        num_kept = self.completion.receive(token_ids)
+        if num_kept is not None:
+            stream._link.truncate(self.sequence_id, num_kept)
+        stream.changed(self)
+
+    def end(self, ended: frontend_pb2.Ended) -> None:
+        if ended.HasField("refusal"):
+            self._stream.fail(RequestRefused(ended.refusal))
+            return
+        self.completion.end(ended)
+        self._stream.changed(self)
+
+    def fail(self, error: AlbireoError) -> None:
+        self._stream.fail(error)
+
+
+def _open_completion(
+    index: int, request: GenerationRequest, end_ids: frozenset[int], detokenizer: Detokenizer
+) -> Completion:
+    matcher = StopMatcher(request.stop, request.include_stop_str_in_output) if request.stop else None
+    needs_text = request.wants_text or matcher is not None
+    return Completion(
+        index,
+        end_ids,
+        request.wants_stop_token,
+        request.min_tokens,
+        detokenizer.open(request.skip_special_tokens) if needs_text else None,
+        matcher,
+    )
+
+
+def _submit(request: GenerationRequest, end_ids: frozenset[int]) -> frontend_pb2.Submit:
+    return frontend_pb2.Submit(
+        request_id=request.request_id,
+        token_ids=pack_int32(request.token_ids),
+        max_tokens=request.max_tokens,
+        sampling=plan_pb2.Sampling(
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=request.top_k,
+            min_tokens=request.min_tokens,
+            suppressed_token_ids=pack_int32(sorted(end_ids)) if request.min_tokens else b"",
+        ),
+        stop_token_ids=pack_int32(request.stop_token_ids),
+        ignore_eos=request.ignore_eos,
+        priority=request.priority,
+        tenant=request.tenant,
+    )

@@ -1,0 +1,156 @@
+"""vllm.grpc.engine.VllmEngine, so that gateways and clients of vLLM's gRPC mode work unchanged.
+
+Answers carry token ids; text is the gateway's. A token that ended the sequence is named in matched_token_id and is
+neither among the ids nor counted in completion_tokens.
+"""
+
+import json
+import time
+from typing import Any
+
+import grpc
+from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+
+from albireo.errors import AlbireoError
+from scheduler_svc.frontend import vllm_fields
+from scheduler_svc.frontend.core import Context, Core, tenant_of
+from scheduler_svc.frontend.validation import RequestFields
+
+SERVICE_NAME = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
+
+_NOT_SERVED = {
+    "Embed": "this server generates; it serves no embeddings",
+    "GetLoads": "load figures are not served here; use Prometheus metrics",
+    "FlushCache": "there is no prefix cache to flush",
+    "StartProfile": "profiling by RPC is not served",
+    "StopProfile": "profiling by RPC is not served",
+    "GetTokenizer": "tokenizer files are not sent; GetModelInfo names their path",
+    "SubscribeKvEvents": "KV cache events are not served",
+}
+
+
+class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]  # untyped base
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    async def Generate(self, request: Any, context: Context) -> None:
+        async def generate(request_id: str) -> None:
+            fields = vllm_fields.request_fields(request, request_id, tenant_of(context))
+            if request.stream:
+                await self._stream(fields, context)
+            else:
+                await self._answer_in_full(fields, context)
+
+        await self._core.handle(context, request.request_id, generate)
+
+    async def _stream(self, fields: RequestFields, context: Context) -> None:
+        num_sent: dict[int, int] = {}
+        with await self._core.open(fields) as stream:
+            num_prompt_tokens = len(stream.request.token_ids)
+            while not stream.is_done:
+                await stream.wait()
+                async with self._core.write_slots.slot():
+                    delta = stream.take()
+                    if delta.token_ids:
+                        num_sent[delta.index] = num_sent.get(delta.index, 0) + len(delta.token_ids)
+                        await context.write(vllm_fields.chunk(delta, num_prompt_tokens))
+                    if delta.finish is not None:
+                        num_tokens = num_sent.get(delta.index, 0)
+                        await context.write(
+                            vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, num_tokens, [])
+                        )
+
+    async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
+        with await self._core.open(fields, in_full=True) as stream:
+            num_prompt_tokens = len(stream.request.token_ids)
+            while not stream.is_done:
+                await stream.wait()
+                async with self._core.write_slots.slot():
+                    delta = stream.take()
+                    assert delta.finish is not None, "in full"
+                    ids = delta.token_ids
+                    await context.write(
+                        vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, len(ids), ids)
+                    )
+
+    async def Abort(self, request: Any, context: Context) -> Any:
+        self._core.link.abort_labels([label for label in request.request_ids if label])
+        return vllm_engine_pb2.AbortResponse()
+
+    async def HealthCheck(self, request: Any, context: Context) -> Any:
+        try:
+            return vllm_engine_pb2.HealthCheckResponse(healthy=True, message=f"serving {self._core.group.engine}")
+        except AlbireoError as error:
+            return vllm_engine_pb2.HealthCheckResponse(healthy=False, message=str(error))
+
+    async def GetModelInfo(self, request: Any, context: Context) -> Any:
+        try:
+            return _model_info(self._core)
+        except AlbireoError as error:
+            await context.abort(error.status, str(error))
+
+    async def GetServerInfo(self, request: Any, context: Context) -> Any:
+        try:
+            return _server_info(self._core)
+        except AlbireoError as error:
+            await context.abort(error.status, str(error))
+
+    async def Embed(self, request: Any, context: Context) -> None:
+        await _refuse("Embed", context)
+
+    async def GetLoads(self, request: Any, context: Context) -> None:
+        await _refuse("GetLoads", context)
+
+    async def FlushCache(self, request: Any, context: Context) -> None:
+        await _refuse("FlushCache", context)
+
+    async def StartProfile(self, request: Any, context: Context) -> None:
+        await _refuse("StartProfile", context)
+
+    async def StopProfile(self, request: Any, context: Context) -> None:
+        await _refuse("StopProfile", context)
+
+    async def GetTokenizer(self, request: Any, context: Context) -> None:
+        await _refuse("GetTokenizer", context)
+
+    async def SubscribeKvEvents(self, request: Any, context: Context) -> None:
+        await _refuse("SubscribeKvEvents", context)
+
+
+async def _refuse(rpc: str, context: Context) -> None:
+    await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc}: {_NOT_SERVED[rpc]}")
+
+
+def _model_info(core: Core) -> Any:
+    group, model = core.group, core.model
+    path = str(model.spec.path)
+    return vllm_engine_pb2.GetModelInfoResponse(
+        model_path=path,
+        is_generation=True,
+        max_context_length=group.max_model_len,
+        vocab_size=group.vocab_size,
+        served_model_name=model.name,
+        tokenizer_path=path,
+        model_type=model.spec.model_type,
+        architectures=[model.spec.architecture],
+        eos_token_ids=group.eos_token_ids,
+        bos_token_id=model.spec.bos_token_id,
+        max_req_input_len=group.max_model_len - 1,
+        default_sampling_params_json=json.dumps(model.stated_defaults) if model.stated_defaults else "",
+    )
+
+
+def _server_info(core: Core) -> Any:
+    group = core.group
+    return vllm_engine_pb2.GetServerInfoResponse(
+        active_requests=core.metrics.num_streams_open,
+        is_paused=False,
+        last_receive_timestamp=core.last_received_at,
+        uptime_seconds=time.monotonic() - core.started_at,
+        server_type="vllm-grpc",  # the protocol's name for itself
+        data_parallel_size=1,
+        kv_cache_dtype="auto",
+        block_size=group.block_size,
+        model_dtype=group.dtype,
+        max_num_seqs=group.max_num_seqs,
+    )

@@ -1,0 +1,115 @@
+"""Messages of vllm.grpc.engine: what a request asks for, and what of it is not served."""
+
+from collections.abc import Callable
+from typing import Any
+
+from smg_grpc_proto import vllm_engine_pb2
+
+from albireo.errors import InvalidRequest, NotServed
+from albireo.v1 import generation_pb2
+from scheduler_svc.frontend.completion import Delta, Finish
+from scheduler_svc.frontend.validation import RequestFields, SamplingFields
+
+# Field -> whether a request's value asks for something. The messages come without types.
+_UNSERVED_SAMPLING: dict[str, Callable[[Any], bool]] = {
+    "min_p": lambda params: params.min_p != 0,
+    "frequency_penalty": lambda params: params.frequency_penalty != 0,
+    "presence_penalty": lambda params: params.presence_penalty != 0,
+    "repetition_penalty": lambda params: params.repetition_penalty not in (0, 1),
+    "logprobs": lambda params: params.HasField("logprobs"),
+    "prompt_logprobs": lambda params: params.HasField("prompt_logprobs"),
+    "logit_bias": lambda params: len(params.logit_bias) > 0,
+    "truncate_prompt_tokens": lambda params: params.HasField("truncate_prompt_tokens"),
+}
+_UNSERVED: dict[str, Callable[[Any], bool]] = {
+    "kv_transfer_params": lambda request: request.HasField("kv_transfer_params"),
+    "kv_transfer_params_json": lambda request: request.HasField("kv_transfer_params_json"),
+    "mm_inputs": lambda request: request.HasField("mm_inputs"),
+    "extra_mm_inputs": lambda request: len(request.extra_mm_inputs) > 0,
+    "media_refs": lambda request: request.HasField("media_refs"),
+    "data_parallel_rank": lambda request: request.data_parallel_rank > 0,
+}
+_FINISH_REASONS = {
+    generation_pb2.FINISH_REASON_STOP: "stop",
+    generation_pb2.FINISH_REASON_LENGTH: "length",
+    generation_pb2.FINISH_REASON_ABORT: "abort",
+}
+
+
+def request_fields(request: Any, request_id: str, tenant: str | None) -> RequestFields:
+    """Of a GenerateRequest. Raises NotServed for a parameter that is not served, InvalidRequest for a wrong one.
+
+    Scalars without presence: 0 is 1 for top_p and n, and all for top_k. What only shapes text
+    (spaces_between_special_tokens) changes nothing: answers carry token ids.
+    """
+    _check_served(request)
+    which = request.WhichOneof("input")
+    prompt = None if which is None else request.text if which == "text" else request.tokenized.input_ids
+    return RequestFields(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_field="text" if which == "text" else "tokenized.input_ids",
+        sampling=_sampling_fields(request.sampling_params),
+        wants_text=False,
+        wants_stop_token=False,
+        tenant=tenant,
+    )
+
+
+def chunk(delta: Delta, num_prompt_tokens: int) -> Any:
+    """A GenerateResponse with what is new in a stream."""
+    return vllm_engine_pb2.GenerateResponse(
+        chunk=vllm_engine_pb2.GenerateStreamChunk(
+            token_ids=delta.token_ids,
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=len(delta.token_ids),
+            index=delta.index,
+        )
+    )
+
+
+def complete(index: int, finish: Finish, num_prompt_tokens: int, num_tokens: int, token_ids: list[int]) -> Any:
+    """A GenerateResponse that ends a completion of ``num_tokens`` tokens."""
+    return vllm_engine_pb2.GenerateResponse(
+        complete=vllm_engine_pb2.GenerateComplete(
+            output_ids=token_ids,
+            finish_reason=_FINISH_REASONS.get(finish.reason, "error"),
+            prompt_tokens=num_prompt_tokens,
+            completion_tokens=num_tokens,
+            index=index,
+            matched_token_id=finish.matched_token_id,
+            matched_stop_str=finish.matched_stop_str,
+        )
+    )
+
+
+def _check_served(request: Any) -> None:
+    for field, is_asked in _UNSERVED.items():
+        if is_asked(request):
+            raise NotServed(f"{field} is not served")
+    params = request.sampling_params
+    for field, is_asked in _UNSERVED_SAMPLING.items():
+        if is_asked(params):
+            raise NotServed(f"sampling_params.{field} is not served")
+    constraint = params.WhichOneof("constraint")
+    if constraint is not None:
+        raise NotServed(f"sampling_params.{constraint} is not served: there are no structured outputs yet")
+    if request.data_parallel_rank < 0:
+        raise InvalidRequest(f"data_parallel_rank is {request.data_parallel_rank}; it must be 0")
+
+
+def _sampling_fields(params: Any) -> SamplingFields:
+    return SamplingFields(
+        temperature=params.temperature if params.HasField("temperature") else None,
+        top_p=params.top_p if params.top_p != 0 else 1.0,
+        top_k=params.top_k,
+        seed=params.seed if params.HasField("seed") else None,
+        max_tokens=params.max_tokens if params.HasField("max_tokens") else None,
+        min_tokens=params.min_tokens,
+        stop=params.stop,
+        stop_token_ids=params.stop_token_ids,
+        ignore_eos=params.ignore_eos,
+        include_stop_str_in_output=params.include_stop_str_in_output,
+        skip_special_tokens=params.skip_special_tokens,
+        n=params.n or 1,
+    )

@@ -1,0 +1,178 @@
+"""The stream to the planner: what is sent, what is dispatched, and how its end is noticed."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.rpc import make_server
+from albireo.v1 import frontend_pb2, frontend_pb2_grpc
+from scheduler_svc.frontend.link import PlannerLink, group_tokens
+
+
+class Inbox:
+    """Notes what it gets."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.ended: frontend_pb2.Ended | None = None
+        self.error: AlbireoError | None = None
+
+    def receive(self, token_ids: list[int], now: float) -> None:
+        self.batches.append(token_ids)
+
+    def end(self, ended: frontend_pb2.Ended) -> None:
+        self.ended = ended
+
+    def fail(self, error: AlbireoError) -> None:
+        self.error = error
+
+
+class BrokenInbox(Inbox):
+    def receive(self, token_ids: list[int], now: float) -> None:
+        raise RuntimeError("a bug")
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+async def link(planner_server: Any, tmp_path: Path) -> Any:
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "frontend-7")
+    await link.connect(10)
+    running = asyncio.create_task(link.run())
+    yield link
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await link.close()
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(1, 4), st.integers(0, 2**31 - 1)), min_size=1))
+def test_tokens_are_grouped_by_sequence_in_their_order(tokens: list[tuple[int, int]]) -> None:
+    """One batch per sequence, with all of its tokens."""
+    expected: dict[int, list[int]] = {}
+    for sequence_id, token_id in tokens:
+        expected.setdefault(sequence_id, []).append(token_id)
+    sequence_ids = np.array([sequence_id for sequence_id, _ in tokens], dtype=np.uint64)
+    token_ids = np.array([token_id for _, token_id in tokens], dtype=np.int32)
+    batches = list(group_tokens(sequence_ids, token_ids))
+    assert len(batches) == len(expected)
+    assert dict(batches) == expected
+
+
+def test_arrays_that_are_not_parallel_are_an_error() -> None:
+    with pytest.raises(ValueError, match="2 sequence ids and 1 tokens"):
+        list(group_tokens(np.array([1, 2], dtype=np.uint64), np.array([1], dtype=np.int32)))
+
+
+async def test_sequence_ids_increase_and_what_gathers_goes_in_one_message(link: Any, planner: Any) -> None:
+    first, second = Inbox(), Inbox()
+    assert link.submit(frontend_pb2.Submit(request_id="a"), first) == 1
+    assert link.submit(frontend_pb2.Submit(request_id="b"), second) == 2
+    link.cancel(1)
+    async with asyncio.timeout(10):
+        assert [(await planner.submits.get()).sequence_id for _ in range(2)] == [1, 2]
+        assert await planner.cancels.get() == 1
+    assert planner.hello.name == "frontend-7"
+    assert link.submit(frontend_pb2.Submit(request_id="c"), first) == 3
+
+
+async def test_an_abort_does_not_end_what_was_submitted_after_it(link: Any) -> None:
+    """Submits come first in a message, so a later submit takes the next one."""
+    link.submit(frontend_pb2.Submit(request_id="a"), Inbox())
+    link.abort_labels(["a"])
+    link.submit(frontend_pb2.Submit(request_id="a"), Inbox())
+    assert [(len(message.submits), list(message.abort_labels)) for message in link._outbox] == [(1, ["a"]), (1, [])]
+
+
+async def test_an_inbox_gets_one_batch_per_message_and_nothing_after_its_end(link: Any, planner: Any) -> None:
+    first, second = Inbox(), Inbox()
+    link.submit(frontend_pb2.Submit(), first)
+    link.submit(frontend_pb2.Submit(), second)
+    end = frontend_pb2.Ended(sequence_id=1, num_output_tokens=2)
+    await planner.send((1, 10), (2, 20), (1, 11), ended=(end,))
+    await planner.send((1, 12), (2, 21))
+    await until(lambda: len(second.batches) == 2)
+    assert first.batches == [[10, 11]]
+    assert first.ended == end
+    assert second.batches == [[20], [21]]
+
+
+async def test_nothing_comes_for_a_sequence_that_was_cut_or_cancelled(link: Any, planner: Any) -> None:
+    cut, cancelled, other = Inbox(), Inbox(), Inbox()
+    for inbox in (cut, cancelled, other):
+        link.submit(frontend_pb2.Submit(), inbox)
+    link.truncate(1, 4)
+    link.cancel(2)
+    link.cancel(2)
+    async with asyncio.timeout(10):
+        assert (await planner.truncates.get()).num_kept == 4
+        assert await planner.cancels.get() == 2
+    await planner.send((1, 10), (2, 10), (3, 10))
+    await until(lambda: other.batches)
+    assert cut.batches == cancelled.batches == []
+    assert planner.cancels.empty()
+
+
+async def test_a_bug_at_one_sequence_leaves_the_others_alone(link: Any, planner: Any) -> None:
+    broken, other = BrokenInbox(), Inbox()
+    link.submit(frontend_pb2.Submit(), broken)
+    link.submit(frontend_pb2.Submit(), other)
+    await planner.send((1, 10), (2, 10))
+    await until(lambda: other.batches)
+    assert broken.error is not None
+    async with asyncio.timeout(10):
+        assert await planner.cancels.get() == 1
+
+
+async def test_connecting_waits_for_a_planner_that_starts_later(planner: Any, tmp_path: Path) -> None:
+    link = PlannerLink(f"unix:{tmp_path}/late.sock", "f")
+    connecting = asyncio.create_task(link.connect(10))
+    await asyncio.sleep(0.05)
+    server = make_server()
+    frontend_pb2_grpc.add_PlannerServicer_to_server(planner, server)
+    server.add_insecure_port(f"unix:{tmp_path}/late.sock")
+    await server.start()
+    assert (await connecting).engine == "stub"
+    await link.close()
+    await server.stop(None)
+
+
+async def test_connecting_is_bounded(tmp_path: Path) -> None:
+    link = PlannerLink(f"unix:{tmp_path}/never.sock", "f")
+    with pytest.raises(GroupUnavailable, match=r"not ready within 0\.1 s"):
+        await link.connect(0.1)
+
+
+async def test_connecting_to_something_that_is_no_planner_fails_at_once(tmp_path: Path) -> None:
+    server = make_server()
+    server.add_insecure_port(f"unix:{tmp_path}/other.sock")
+    await server.start()
+    link = PlannerLink(f"unix:{tmp_path}/other.sock", "f")
+    with pytest.raises(GroupUnavailable, match="UNIMPLEMENTED"):
+        await link.connect(10)
+    await link.close()
+    await server.stop(None)
+
+
+async def test_a_lost_link_fails_all_sequences_and_later_ones(planner_server: Any, tmp_path: Path) -> None:
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
+    await link.connect(10)
+    inbox = Inbox()
+    link.submit(frontend_pb2.Submit(), inbox)
+    running = asyncio.create_task(link.run())
+    await planner_server.stop(None)
+    with pytest.raises(GroupUnavailable, match="the link to the planner is lost"):
+        await running
+    assert isinstance(inbox.error, GroupUnavailable)
+    with pytest.raises(GroupUnavailable):
+        link.submit(frontend_pb2.Submit(), inbox)
+    await link.close()

@@ -1,0 +1,139 @@
+"""What is refused, and what absent fields become. Rules of the shared validator; the APIs' own are in their tests."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from albireo.errors import InvalidRequest
+from scheduler_svc.frontend.validation import (
+    GenerationRequest,
+    Limits,
+    RequestFields,
+    SamplingDefaults,
+    SamplingFields,
+    check_text,
+    validate,
+)
+
+LIMITS = Limits(vocab_size=100, max_model_len=16)
+
+
+def request(prompt: Any = (1, 2, 3), request_id: str = "r", tenant: str | None = None, **sampling: Any) -> Any:
+    return RequestFields(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_field="prompt",
+        sampling=SamplingFields(**sampling),
+        wants_text=True,
+        wants_stop_token=True,
+        tenant=tenant,
+    )
+
+
+def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> GenerationRequest:
+    given = request(**fields)
+    return validate(given, given.prompt, LIMITS, defaults or SamplingDefaults())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": range(16)}, "prompt has 16 tokens; the context of 16 tokens takes 15 at most"),
+        ({"prompt": (1, 100)}, r"prompt\[1\] is 100; the vocabulary has ids 0 to 99"),
+        ({"prompt": (1, 2**32 - 1)}, r"prompt\[1\] is 4294967295; the vocabulary"),
+        ({"temperature": math.nan}, r"temperature is nan; it must be in \[0, 100\]"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 101.0}, "temperature is 101"),
+        ({"top_p": 0.0}, r"top_p is 0; it must be in \(0, 1\]"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_p": math.nan}, "top_p is nan"),
+        ({"n": 0}, "n is 0; it must be 1 to 128"),
+        ({"n": 129}, "n is 129; it must be 1 to 128"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be 1 or more"),
+        ({"max_tokens": 3, "min_tokens": 4}, "min_tokens is 4; it must not exceed max_tokens, 3"),
+        ({"stop": [""]}, r"stop\[0\] is empty"),
+        ({"stop": ["a", "x" * 1025]}, r"stop\[1\] has 1025 characters; 1024 at most"),
+        ({"stop": ["x"] * 65}, "stop has 65 strings; 64 at most"),
+        ({"stop_token_ids": [5, 100]}, r"stop_token_ids\[1\] is 100; it must be 0 to 99"),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids has 1025 ids; 1024 at most"),
+        ({"request_id": "x" * 257}, "request_id has 257 characters; 256 at most"),
+        ({"tenant": "a b"}, "x-tenant is 'a b'"),
+        ({"tenant": ""}, "x-tenant is ''"),
+    ],
+)
+def test_a_wrong_field_is_named_with_value_and_limit(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        validated(**fields)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (None, "no prompt"),
+        ("", "prompt is empty"),
+        ("x" * 1025, "prompt has 1025 characters; the context of 16 tokens takes 1024 at most"),
+    ],
+)
+def test_a_wrong_text_is_refused_before_it_is_tokenised(prompt: str | None, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        check_text(request(prompt=prompt), LIMITS)
+
+
+def test_token_ids_need_no_tokeniser() -> None:
+    assert check_text(request(prompt=[1]), LIMITS) is None
+    assert check_text(request(prompt="x"), LIMITS) == "x"
+
+
+def test_absent_fields_take_the_models_defaults() -> None:
+    given = validated(SamplingDefaults(temperature=0.5, top_p=0.75, top_k=7))
+    assert (given.temperature, given.top_p, given.top_k) == (0.5, 0.75, 7)
+    assert (given.max_tokens, given.min_tokens, given.n, given.tenant) == (13, 0, 1, "default")
+    assert given.token_ids.dtype == np.int32
+
+
+def test_given_fields_win_over_the_models_defaults() -> None:
+    given = validated(SamplingDefaults(0.5, 0.75, 7), temperature=0.0, top_p=1.0, top_k=0)
+    assert (given.temperature, given.top_p, given.top_k) == (0.0, 1.0, 0)
+
+
+def test_a_prompt_may_leave_room_for_one_token() -> None:
+    assert validated(prompt=range(15)).max_tokens == 1
+
+
+def test_lengths_are_clamped_to_the_context() -> None:
+    """A request for more tokens than fit ends at the context, as in other servers."""
+    given = validated(max_tokens=1000, min_tokens=500)
+    assert (given.max_tokens, given.min_tokens) == (13, 13)
+
+
+def test_top_k_of_the_whole_vocabulary_is_all() -> None:
+    assert [validated(top_k=top_k).top_k for top_k in (99, 100, 2**32 - 1)] == [99, 0, 0]
+
+
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert validated(temperature=1e-30).temperature == 0.0
+
+
+def test_repeated_stops_count_once() -> None:
+    given = validated(stop=["b", "a", "b"], stop_token_ids=[3, 1, 3])
+    assert (given.stop, given.stop_token_ids) == (("b", "a"), (1, 3))
+
+
+def test_an_absent_seed_is_drawn_and_a_given_one_kept() -> None:
+    assert validated().seed != validated().seed
+    assert validated(seed=0).seed == 0
+    assert validated(seed=-1).seed == 2**64 - 1
+
+
+def test_completions_have_different_seeds_that_follow_from_the_request() -> None:
+    """Index 0 keeps the seed, so that n = 1 and the first of n give the same."""
+    one, other = validated(seed=5, n=3), validated(seed=5, n=3)
+    seeds = [one.seed_of(i) for i in range(3)]
+    assert seeds[0] == 5
+    assert len(set(seeds)) == 3
+    assert seeds == [other.seed_of(i) for i in range(3)]
+    assert all(0 <= seed < 2**64 for seed in seeds)

@@ -1,0 +1,249 @@
+"""vllm.grpc.engine.VllmEngine, from a real client to a scripted planner."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from grpc import aio
+from smg_grpc_proto import vllm_engine_pb2 as pb
+from smg_grpc_proto.generated import common_pb2
+
+from albireo.arrays import unpack_int32
+from albireo.v1.generation_pb2 import FINISH_REASON_ABORT, FINISH_REASON_STOP
+from scheduler_svc.frontend.text import Detokenizer
+
+Ids = Callable[..., list[int]]
+pytestmark = pytest.mark.timeout(30)
+
+
+def request(prompt: Any = (1, 2, 3), stream: bool = False, fields: Any = None, **params: Any) -> Any:
+    given = pb.GenerateRequest(
+        request_id="r", stream=stream, sampling_params=pb.SamplingParams(**params), **(fields or {})
+    )
+    if isinstance(prompt, str):
+        given.text = prompt
+    else:
+        given.tokenized.CopyFrom(pb.TokenizedInput(input_ids=prompt))
+    return given
+
+
+async def failure(call: Any) -> aio.AioRpcError:
+    with pytest.raises(aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    return caught.value
+
+
+async def test_a_stream_has_chunks_of_new_tokens_and_an_end(world: Any, ids: Ids) -> None:
+    """completion_tokens of a chunk count the chunk, of the end the whole; the end repeats no tokens."""
+    call = world.vllm.Generate(request(stream=True, max_tokens=2))
+    submit = await world.planner.submits.get()
+    await world.planner.send((submit.sequence_id, ids("Hello")[0]))
+    responses = [await anext(aiter(call))]
+    await world.planner.run(submit.sequence_id, ids(" world"))
+    responses += [response async for response in call]
+    chunks = [response.chunk for response in responses[:-1]]
+    assert [list(chunk.token_ids) for chunk in chunks] == [ids("Hello"), ids(" world")]
+    assert [(chunk.prompt_tokens, chunk.completion_tokens) for chunk in chunks] == [(3, 1), (3, 1)]
+    end = responses[-1].complete
+    assert (list(end.output_ids), end.finish_reason, end.prompt_tokens, end.completion_tokens) == ([], "length", 3, 2)
+
+
+async def test_an_answer_in_full_has_one_complete_per_index(world: Any, ids: Ids) -> None:
+    """Nothing but completes, with all tokens."""
+    call = world.vllm.Generate(request(n=2))
+    submits = [await world.planner.submits.get() for _ in range(2)]
+    await world.planner.run(submits[1].sequence_id, ids("a", "b"))
+    await world.planner.run(submits[0].sequence_id, ids("Hello", "ab", "b"))
+    responses = [response async for response in call]
+    assert [response.WhichOneof("response") for response in responses] == ["complete", "complete"]
+    assert [(r.complete.index, list(r.complete.output_ids)) for r in responses] == [
+        (0, ids("Hello", "ab", "b")),
+        (1, ids("a", "b")),
+    ]
+    assert [response.complete.completion_tokens for response in responses] == [3, 2]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_token_is_named_and_left_out(world: Any, ids: Ids, stream: bool) -> None:
+    call = world.vllm.Generate(request(stream=stream))
+    submit = await world.planner.submits.get()
+    eos = ids("<|eos|>")[0]
+    await world.planner.run(submit.sequence_id, ids("a", "<|eos|>"), reason=FINISH_REASON_STOP, matched_token_id=eos)
+    responses = [response async for response in call]
+    sent = [i for r in responses for i in (*r.chunk.token_ids, *r.complete.output_ids)]
+    end = responses[-1].complete
+    assert sent == ids("a")
+    assert (end.finish_reason, end.matched_token_id, end.completion_tokens) == ("stop", eos, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_ends_the_sequence(world: Any, ids: Ids, stream: bool) -> None:
+    call = world.vllm.Generate(request(stream=stream, stop=["lo wo"]))
+    submit = await world.planner.submits.get()
+    for token_id in ids("Hello", " world", "a"):
+        await world.planner.send((submit.sequence_id, token_id))
+    responses = [response async for response in call]
+    truncate = await world.planner.truncates.get()
+    assert truncate.num_kept == 2
+    sent = [i for r in responses for i in (*r.chunk.token_ids, *r.complete.output_ids)]
+    end = responses[-1].complete
+    assert sent == ids("Hello", " world")
+    assert (end.finish_reason, end.matched_stop_str, end.completion_tokens) == ("stop", "lo wo", 2)
+
+
+async def test_text_prompts_are_tokenised(world: Any, ids: Ids) -> None:
+    call = world.vllm.Generate(request(prompt="ab"))
+    submit = await world.planner.submits.get()
+    assert unpack_int32(submit.token_ids).tolist() == ids("a", "b")
+    call.cancel()
+
+
+async def test_scalars_that_are_zero_count_as_unset(world: Any) -> None:
+    """top_p and n 1, top_k all; absent temperature and max_tokens as the model and the context say."""
+    call = world.vllm.Generate(request())
+    submit = await world.planner.submits.get()
+    sampling = submit.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 1, 0)
+    assert submit.max_tokens == 61
+    assert world.planner.submits.empty()
+    call.cancel()
+
+
+async def test_sampling_parameters_reach_the_planner(world: Any) -> None:
+    """A negative seed is the same 64-bit number every time."""
+    params = {"temperature": 0.0, "top_p": 0.5, "top_k": 3, "seed": -2, "min_tokens": 1, "ignore_eos": True}
+    call = world.vllm.Generate(request(max_tokens=4, stop_token_ids=[5], repetition_penalty=1.0, **params))
+    submit = await world.planner.submits.get()
+    sampling = submit.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 3, 2**64 - 2)
+    assert (submit.max_tokens, sampling.min_tokens, submit.ignore_eos) == (4, 1, True)
+    assert unpack_int32(submit.stop_token_ids).tolist() == [5]
+    assert unpack_int32(sampling.suppressed_token_ids).tolist() == [5]
+    call.cancel()
+
+
+async def test_abort_ends_the_stream(world: Any, ids: Ids) -> None:
+    call = world.vllm.Generate(request(stream=True))
+    submit = await world.planner.submits.get()
+    await world.vllm.Abort(pb.AbortRequest(request_ids=["r"]))
+    assert await world.planner.aborts.get() == "r"
+    await world.planner.run(submit.sequence_id, ids("a"), reason=FINISH_REASON_ABORT)
+    responses = [response async for response in call]
+    assert responses[-1].complete.finish_reason == "abort"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelling_the_call_cancels_its_sequences(world: Any, stream: bool) -> None:
+    call = world.vllm.Generate(request(stream=stream, n=2))
+    submits = [await world.planner.submits.get() for _ in range(2)]
+    call.cancel()
+    assert [await world.planner.cancels.get() for _ in range(2)] == [submit.sequence_id for submit in submits]
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("min_p", {"min_p": 0.1}),
+        ("frequency_penalty", {"frequency_penalty": -0.5}),
+        ("presence_penalty", {"presence_penalty": float("nan")}),
+        ("repetition_penalty", {"repetition_penalty": 1.1}),
+        ("logprobs", {"logprobs": 0}),
+        ("prompt_logprobs", {"prompt_logprobs": 1}),
+        ("logit_bias", {"logit_bias": {3: 1.0}}),
+        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
+        ("json_schema", {"json_schema": "{}"}),
+        ("regex", {"regex": "a"}),
+        ("grammar", {"grammar": "root ::= x"}),
+        ("structural_tag", {"structural_tag": "{}"}),
+        ("json_object", {"json_object": True}),
+        ("choice", {"choice": pb.ChoiceConstraint(choices=["a"])}),
+    ],
+)
+async def test_sampling_parameters_that_are_not_served_are_named(world: Any, name: str, params: Any) -> None:
+    error = await failure(world.vllm.Generate(request(**params)))
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert f"sampling_params.{name} is not served" in (error.details() or "")
+    assert world.planner.submits.empty()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_transfer_params", pb.KvTransferParams()),
+        ("kv_transfer_params_json", "{}"),
+        ("mm_inputs", pb.MultimodalInputs()),
+        ("extra_mm_inputs", [pb.MultimodalInputs()]),
+        ("media_refs", pb.MediaRefs()),
+        ("data_parallel_rank", 1),
+    ],
+)
+async def test_request_fields_that_are_not_served_are_named(world: Any, name: str, value: Any) -> None:
+    error = await failure(world.vllm.Generate(request(fields={name: value})))
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert f"{name} is not served" in (error.details() or "")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (pb.GenerateRequest(), "the request has no prompt"),
+        (request(prompt=[]), "tokenized.input_ids is empty"),
+        (request(prompt=range(64)), "tokenized.input_ids has 64 tokens; the context of 64 tokens takes 63"),
+        (request(max_tokens=0), "sampling_params.max_tokens is 0"),
+        (request(temperature=-1.0), "sampling_params.temperature is -1"),
+        (request(n=200), "sampling_params.n is 200"),
+        (request(fields={"data_parallel_rank": -1}), "data_parallel_rank is -1"),
+    ],
+)
+async def test_a_wrong_request_is_refused(world: Any, given: Any, message: str) -> None:
+    error = await failure(world.vllm.Generate(given))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert message in (error.details() or "")
+
+
+async def test_nothing_is_detokenised_without_stop_strings(
+    world: Any, ids: Ids, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise AssertionError("detokenised")
+
+    monkeypatch.setattr(Detokenizer, "open", refuse)
+    call = world.vllm.Generate(request())
+    submit = await world.planner.submits.get()
+    await world.planner.run(submit.sequence_id, ids("a"))
+    assert [list(response.complete.output_ids) async for response in call] == [ids("a")]
+
+
+async def test_information_for_gateways(world: Any, model_path: Any, ids: Ids) -> None:
+    health = await world.vllm.HealthCheck(pb.HealthCheckRequest())
+    model = await world.vllm.GetModelInfo(pb.GetModelInfoRequest())
+    server = await world.vllm.GetServerInfo(pb.GetServerInfoRequest())
+    assert health.healthy
+    assert (model.served_model_name, model.tokenizer_path, model.is_generation) == ("tiny", str(model_path), True)
+    assert (model.max_context_length, model.max_req_input_len) == (64, 63)
+    assert list(model.eos_token_ids) == ids("<|eos|>")
+    assert json.loads(model.default_sampling_params_json) == {"temperature": 0.5, "top_k": 7}
+    assert (server.max_num_seqs, server.data_parallel_size, server.block_size) == (8, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("rpc", "message"),
+    [
+        ("Embed", pb.EmbedRequest()),
+        ("GetLoads", pb.GetLoadsRequest()),
+        ("FlushCache", common_pb2.FlushCacheRequest()),
+        ("StartProfile", common_pb2.StartProfileRequest()),
+        ("StopProfile", common_pb2.StopProfileRequest()),
+        ("GetTokenizer", common_pb2.GetTokenizerRequest()),
+        ("SubscribeKvEvents", common_pb2.SubscribeKvEventsRequest()),
+    ],
+)
+async def test_other_calls_say_why_they_are_not_served(world: Any, rpc: str, message: Any) -> None:
+    call = getattr(world.vllm, rpc)(message)
+    with pytest.raises(aio.AioRpcError) as caught:
+        await (call.read() if hasattr(call, "read") else call)
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert (caught.value.details() or "").startswith(f"{rpc}: ")
