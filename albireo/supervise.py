@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_NUM_TAIL_LINES = 20  # a child that supervises others reports a tail of 15 or so itself
+_NUM_TAIL_LINES = 20
 _TAIL_BYTES = 64 << 10
+# A death soon causes others, which may be noticed before it: one that a signal killed is taken for the cause.
+_SETTLE_S = 0.2
 
 # Runs in the child before its program and turns into it: asks the kernel (Linux) for SIGKILL when the parent's thread
 # ends. Done here and not in a preexec_fn, because Python code between fork and exec can deadlock when the parent has
@@ -85,8 +87,8 @@ async def run_until_exit(
             for child in children:
                 running.append(await _Running.start(child))  # noqa: PERF401  # what has started must be stopped
             dead = await _watch(running, stop, beside)
-            for each in dead:
-                say(each.obituary())
+            if dead:
+                say(_report(dead))
         finally:
             stop.set()
             await _stop_all(running, kill, grace_s, together, say)
@@ -133,31 +135,37 @@ class _Running:
     def obituary(self) -> str:
         status = self.exited.result()
         how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
-        lines = [f"{self.child.name} {how}"]
-        if self.child.log_path:
-            lines.append(f"its log is {self.child.log_path} and ends:")
-            lines += ["  | " + line for line in _tail(self.child.log_path)]
-        return "\n".join(lines)
+        return f"{self.child.name} {how}" + (f"; its log is {self.child.log_path}" if self.child.log_path else "")
+
+
+def _report(dead: Sequence[_Running]) -> str:
+    """Who died, the likely cause last: there a person looks first, and so does a parent that shows our last lines."""
+    first, *others = dead
+    lines: list[str] = []
+    if first.child.log_path:
+        lines += [f"the log of {first.child.name} ends:", *("  | " + line for line in _tail(first.child.log_path))]
+    return "\n".join([*lines, *(each.obituary() for each in others), first.obituary()])
 
 
 async def _watch(
     running: Sequence[_Running], stop: asyncio.Event, beside: Callable[[], Awaitable[None]] | None
 ) -> list[_Running]:
-    """Waits for the first reason to end; returns the children that exited by themselves."""
+    """Waits for the first reason to end; returns the children that exited by themselves, the likely cause first."""
     stopped = asyncio.create_task(stop.wait())
     work = asyncio.ensure_future(beside()) if beside else None
     waiting: set[asyncio.Future[Any]] = {stopped, *(each.exited for each in running)}
     try:
         if work:
             await asyncio.wait({*waiting, work}, return_when=asyncio.FIRST_COMPLETED)
-        dead = [each for each in running if each.exited.done()]
-        if not dead and not stop.is_set():
+        if not stop.is_set() and not any(each.exited.done() for each in running):
             if work:
                 await work  # done; raises what it raised
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            dead = [each for each in running if each.exited.done()]
-        # A child that obeys a signal sent to it as well has not died of itself.
-        return [] if stop.is_set() else dead
+        if stop.is_set():
+            return []  # a child that obeys the same signal has not died of itself
+        await asyncio.wait([each.exited for each in running], timeout=_SETTLE_S)
+        dead = [each for each in running if each.exited.done()]
+        return sorted(dead, key=lambda each: each.exited.result() >= 0)  # stable: by start among equals
     finally:
         stopped.cancel()
         if work:

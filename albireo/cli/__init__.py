@@ -1,0 +1,1 @@
+"""The ``albireo`` command: the local launcher and clients of a running server."""

@@ -1,0 +1,107 @@
+"""A client of ``albireo.v1.Generation``: connecting, collecting completions, and errors fit for people."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc import aio
+
+from albireo import rpc
+from albireo.errors import AlbireoError
+from albireo.v1 import generation_pb2 as pb
+from albireo.v1 import generation_pb2_grpc
+
+if TYPE_CHECKING:
+    from albireo.v1.generation_pb2_grpc import GenerationAsyncStub
+
+DEFAULT_TARGET = "127.0.0.1:50051"
+_CONNECT_TIMEOUT_S = 10.0
+
+
+class CallFailed(AlbireoError):
+    """The server refused a call, failed in it, or is out of reach."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
+
+    def to_json(self) -> dict[str, Any]:
+        return {"error": {"code": self.code, "message": self.message}}
+
+
+@contextlib.asynccontextmanager
+async def connect(target: str) -> AsyncIterator[tuple["GenerationAsyncStub", pb.ModelInfo]]:
+    """A stub of the server at ``target``, and its model. Raises CallFailed at once when nothing answers there."""
+    async with rpc.make_channel(target) as channel:
+        stub = generation_pb2_grpc.GenerationStub(channel)
+        try:
+            info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
+        except aio.AioRpcError as error:
+            raise CallFailed(error.code().name, _explain(target, error)) from error
+        yield stub, info
+
+
+@dataclass
+class Completion:
+    """What has arrived of one completion."""
+
+    text: str = ""
+    prompt_token_ids: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    finish: pb.Finish | None = None
+
+    def add(self, response: pb.GenerateResponse) -> None:
+        self.text += response.text
+        self.prompt_token_ids += response.prompt_token_ids
+        self.token_ids += response.token_ids
+        if response.HasField("finish"):
+            self.finish = response.finish
+
+    def to_json(self) -> dict[str, Any]:
+        finish = self.finish or pb.Finish()
+        return {
+            "text": self.text,
+            "prompt_token_ids": self.prompt_token_ids,
+            "token_ids": self.token_ids,
+            "finish_reason": pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower(),
+            "usage": {
+                "prompt_tokens": finish.usage.prompt_tokens,
+                "completion_tokens": finish.usage.completion_tokens,
+                "cached_tokens": finish.usage.cached_tokens,
+            },
+        }
+
+
+async def stream(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+    """The responses of one call. Leaving the loop early cancels the call, which aborts the request."""
+    call = stub.Generate(request)
+    try:
+        async for response in call:
+            yield response
+    except aio.AioRpcError as error:
+        raise CallFailed(error.code().name, error.details() or "") from error
+    finally:
+        call.cancel()
+
+
+async def collect(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> list[Completion]:
+    """The completions of one request, by index."""
+    completions: dict[int, Completion] = {}
+    async for response in stream(stub, request):
+        completions.setdefault(response.index, Completion()).add(response)
+    num_expected = max(1, request.sampling_params.n)
+    if len(completions) < num_expected or not all(each.finish for each in completions.values()):
+        raise CallFailed("INTERNAL", "the stream ended before its completions did")
+    return [completions[index] for index in sorted(completions)]
+
+
+def _explain(target: str, error: aio.AioRpcError) -> str:
+    details = (error.details() or "no details").splitlines()[0]
+    if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+        return f"the server at {target} does not offer albireo.v1.Generation"
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return f"no Albireo server answers at {target} ({details}); start one with `albireo serve`, or give --target"
+    return f"the server at {target} failed: {details}"
