@@ -6,6 +6,7 @@ from prometheus_client import start_http_server
 from prometheus_client.core import REGISTRY, CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+
 def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
     """Answers ``GET /metrics`` on ``port`` from a thread of its own; 0 means no metrics."""
     if port:

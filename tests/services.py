@@ -80,7 +80,9 @@ def scheduler(run_dir: Path, model: str | Path, group: str, **flags: object) -> 
     argv = ["scheduler_svc", "--model", str(model), "--group", group, "--planner", f"unix:{run_dir}/planner.sock"]
     argv += ["--port", str(port), "--run-dir", str(run_dir), *_argv(flags)]
     with process(argv, run_dir / "scheduler.log") as child:
-        wait_until_serving(f"127.0.0.1:{port}", child, run_dir / "logs" / "frontend-0.log")
+        for index in range(int(str(flags.get("frontends", 1)))):
+            name = f"frontend-{index}"
+            wait_until_serving(f"unix:{run_dir}/{name}.sock", child, run_dir / "logs" / f"{name}.log")
         yield f"127.0.0.1:{port}"
 
 

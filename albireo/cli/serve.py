@@ -17,6 +17,7 @@ from albireo.config import flag, from_namespace, parser_for, to_argv
 from albireo.errors import ConfigError
 from albireo.model_spec import load_model_spec, resolve_model
 from albireo.supervise import Child, python_module, run_until_exit
+from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import plan_pb2
 
 # Longer than the services give their own processes.
@@ -48,6 +49,8 @@ class ServeConfig:
     metrics_port: int = flag(
         0, "Prometheus: planner on this port P, worker leader on P+1, front ends from P+2 on; 0 is off"
     )
+    first_prompt: str | None = flag(None, "once ready, complete this prompt and show the text, then go on serving")
+    stub_step_ms: float = flag(0.0, "how long a step of the stub engine lasts (modelled)")
     ready_file: str | None = flag(None, "this file gets the address once the server is ready")
     log_level: str = flag("info", "of the services' logs", ("debug", "info", "warning", "error"))
 
@@ -135,7 +138,7 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
     worker_flags = ["engine", "tp", "device", "dtype", "max_num_seqs", "max_model_len", "max_num_batched_tokens"]
     worker = [
         *python_module("worker_svc"),
-        *flags("model", *worker_flags, "kv_cache_gib"),
+        *flags("model", *worker_flags, "kv_cache_gib", "stub_step_ms"),
         *("--listen", group, "--run-dir", str(run_dir.group)),
         *flags("log_level"),
         *(["--metrics-port", str(config.metrics_port + 1)] if config.metrics_port else []),
@@ -161,8 +164,12 @@ def _own_variables() -> set[str]:
 async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
     async def announce() -> None:
         info = await ready.wait_for_group(f"unix:{run_dir.path}/group.sock")
-        await ready.wait_until_serving(client_target(config))
+        # Each by its own address: on the shared port a check reaches just one of them.
+        for index in range(config.frontends):
+            await ready.wait_until_serving(f"unix:{run_dir.path}/frontend-{index}.sock")
         print(ready_message(config, info, run_dir), flush=True)
+        if config.first_prompt:
+            await _show_completion(client_target(config), config.first_prompt)
         if config.ready_file:
             _write_whole(Path(config.ready_file), client_target(config) + "\n")
 
@@ -170,6 +177,16 @@ async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
     status = await run_until_exit(child_processes(config, run_dir), beside=announce, grace_s=_GRACE_S)
     run_dir.keep = status == 1 or config.run_dir is not None
     return status
+
+
+async def _show_completion(target: str, prompt: str) -> None:
+    """Streams one completion to the terminal: what a client would see."""
+    request = pb.GenerateRequest(text=prompt, sampling_params=pb.SamplingParams(max_tokens=64, seed=0))
+    async with client.connect(target) as (stub, _):
+        print(f"\n{prompt}", end="", flush=True)
+        async for response in client.stream(stub, request):
+            print(response.text, end="", flush=True)
+    print("\n", flush=True)
 
 
 def client_target(config: ServeConfig) -> str:
