@@ -75,7 +75,7 @@ def resolve_model(model: str) -> Path:
     """The directory of ``demo``, of a local directory, or of a Hugging Face Hub id (downloaded when needed)."""
     if model == "demo":
         return DEMO_MODEL
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():
         return Path(model).resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"model {model!r}: no such directory, not a Hub id (owner/name) and not 'demo'")

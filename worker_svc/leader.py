@@ -104,6 +104,7 @@ class WorkerGroup:
         self._num_tokens += len(result.token_ids)
         for phase in self._seconds:
             self._seconds[phase] += getattr(result.timings, f"{phase}_ns") / 1e9
+        log.debug("step ran", step_id=result.step_id, num_tokens=len(result.token_ids), rank=0)
         if result.epoch == self._stream.epoch:  # results for a planner that is gone are dropped
             self._stream.results.put_nowait(result)
 

@@ -13,7 +13,7 @@ import uvloop
 from grpc import aio
 
 from albireo import rpc
-from albireo.errors import GroupError
+from albireo.errors import ConfigError, GroupError
 from albireo.metrics import serve_metrics
 from albireo.model_spec import resolve_model
 from albireo.plan import StepResult, decode_plan
@@ -51,6 +51,12 @@ def make_engine(config: WorkerConfig, run_dir: Path) -> tuple[EngineConfig, Engi
         device = choose_device(config.device)
     on_gpu = device != "cpu"
     max_num_seqs = config.max_num_seqs or (256 if on_gpu else 64)
+    max_num_batched_tokens = config.max_num_batched_tokens or max(max_num_seqs, 4096 if on_gpu else 512)
+    if max_num_batched_tokens < max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens {max_num_batched_tokens}: less than --max-num-seqs {max_num_seqs},"
+            " so a step could not decode every sequence"
+        )
     engine_config = EngineConfig(
         model_path=resolve_model(config.model),
         rank=config.rank,
@@ -60,7 +66,7 @@ def make_engine(config: WorkerConfig, run_dir: Path) -> tuple[EngineConfig, Engi
         dtype=config.dtype,
         max_num_seqs=max_num_seqs,
         max_model_len=config.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens or max(max_num_seqs, 4096 if on_gpu else 512),
+        max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gib=config.kv_cache_gib,
         stub_step_ms=config.stub_step_ms,
     )

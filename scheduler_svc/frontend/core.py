@@ -88,7 +88,7 @@ class Core:
             await context.abort(grpc.StatusCode.INTERNAL, "internal error")
         finally:
             self.metrics.count_request(outcome)
-            log.debug("request", request_id=request_id, outcome=outcome)
+            log.info("request", request_id=request_id, outcome=outcome)
 
     def close(self) -> None:
         self._tokenising.shutdown(wait=False, cancel_futures=True)

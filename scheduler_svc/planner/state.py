@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.sequence import Place, Sequence, SlotTable, Status
 
@@ -29,11 +30,17 @@ class Limits:
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError("max_num_batched_tokens < max_num_seqs: a step could not decode every sequence")
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}:"
+                " a step could not decode every sequence"
+            )
         if self.num_blocks * self.block_size < self.max_model_len:
-            raise ValueError("the blocks do not hold one sequence of max_model_len: it could never finish")
+            raise ConfigError(
+                f"{self.num_blocks} blocks of {self.block_size} tokens do not hold one sequence of max_model_len"
+                f" {self.max_model_len}: it could never finish"
+            )
         if self.depth < 1:
-            raise ValueError("depth < 1")
+            raise ConfigError(f"depth {self.depth}: at least 1")
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,6 +120,7 @@ def test_sigterm_ends_the_group_in_order(tmp_path: Path, stub_model: Path):
         (["--tp", "3"], "takes 1, 2, 4 or 8"),
         (["--model", "/nowhere"], "no such directory"),
         (["--tp", "0"], "at least 1"),
+        (["--max-num-batched-tokens", "8"], "less than --max-num-seqs 64"),
     ],
 )
 def test_a_group_that_cannot_start_says_why(tmp_path: Path, stub_model: Path, flags: list[str], message: str):
