@@ -27,66 +27,51 @@ def plan_step(state: PlannerState) -> Planned | None:
     """Plans one more step and books it in ``state``; None when the window is full or nothing can run."""
     if len(state.in_flight) >= state.limits.depth:
         return None
-    preempted = _make_room(state)
-    decodes, prefills, stalled = _runnable(state)
-    append_slots, append_blocks = _grow(state, decodes)
-    budget = state.limits.max_num_batched_tokens - len(decodes)
-    chunks, budget = _chunks(state, prefills, budget)
-    started = [] if stalled else _admit(state, chunks, budget)
+    decodes, prefills, growing = _runnable(state)
+    preempted: list[Sequence] = []
+    while len(growing) > state.pool.num_free and len(growing) > _num_coming_blocks(state):
+        preempted.append(preempt(state, int(_in_order(state, np.concatenate([decodes, prefills]))[-1])))
+        decodes, prefills, growing = _runnable(state)
+    is_short = len(growing) > state.pool.num_free
+    if is_short:
+        sitting_out = _in_order(state, growing)[state.pool.num_free :]
+        decodes, growing = decodes[~np.isin(decodes, sitting_out)], growing[~np.isin(growing, sitting_out)]
+    append_blocks = _grow(state, growing)
+    chunks, budget = _chunks(state, prefills, state.limits.max_num_batched_tokens - len(decodes))
+    started = [] if is_short else _admit(state, chunks, budget)
     if not len(decodes) and not chunks:
         return None
     slots = np.concatenate([decodes, np.array([slot for slot, _ in chunks], dtype=np.int32)])
     counts = np.ones(len(slots), dtype=np.int32)
     counts[len(decodes) :] = [count for _, count in chunks]
-    return Planned(_book(state, slots, counts, started, append_slots, append_blocks), started, preempted)
+    return Planned(_book(state, slots, counts, started, growing, append_blocks), started, preempted)
 
 
-def _runnable(state: PlannerState) -> tuple[Int32Array, Int32Array, bool]:
-    """Slots with one token to compute, slots with more, and whether a decode must sit out for want of a block."""
+def _runnable(state: PlannerState) -> tuple[Int32Array, Int32Array, Int32Array]:
+    """Slots with one token to compute, slots with more, and those of the first whose token begins a block."""
     table = state.table
     slots = np.flatnonzero(table.active & (table.num_tokens < table.max_total_tokens)).astype(np.int32)
-    is_decode = table.num_tokens[slots] - table.num_computed_tokens[slots] == 1
-    decodes, prefills = slots[is_decode], slots[~is_decode]
-    growing = _growing(state, decodes)
-    if len(growing) <= state.pool.num_free:
-        return decodes, prefills, False
-    sitting_out = _in_order(state, growing)[state.pool.num_free :]
-    return decodes[~np.isin(decodes, sitting_out)], prefills, True
+    num_computed = table.num_computed_tokens[slots]
+    is_decode = table.num_tokens[slots] - num_computed == 1
+    needs_block = is_decode & (num_computed == table.num_blocks[slots] * state.limits.block_size)
+    return slots[is_decode], slots[~is_decode], slots[needs_block]
 
 
-def _growing(state: PlannerState, decodes: Int32Array) -> Int32Array:
-    """Decodes whose next token begins a block."""
+def _num_coming_blocks(state: PlannerState) -> int:
+    """Blocks that are free, or will be without preempting anyone: behind fences, or of sequences whose last token is in
+    flight. The first in order is never a victim of more: one sequence always fits."""
     table = state.table
-    is_full = table.num_computed_tokens[decodes] == table.num_blocks[decodes] * state.limits.block_size
-    growing: Int32Array = decodes[is_full]
-    return growing
+    is_ending = table.active & (table.num_tokens >= table.max_total_tokens)
+    return state.pool.num_free + state.pool.num_fenced + int(table.num_blocks[is_ending].sum())
 
 
-def _grow(state: PlannerState, decodes: Int32Array) -> tuple[Int32Array, Int32Array]:
+def _grow(state: PlannerState, slots: Int32Array) -> Int32Array:
+    """Gives each of ``slots`` one more block; returns the blocks."""
     table = state.table
-    slots = _growing(state, decodes)
     blocks = state.pool.allocate(len(slots))
     table.block_tables[slots, table.num_blocks[slots]] = blocks
     table.num_blocks[slots] += 1
-    return slots, blocks
-
-
-def _make_room(state: PlannerState) -> list[Sequence]:
-    """Preempts the last in order until every decode has a block free or coming back.
-
-    Blocks come back from fences and from sequences whose last token is in flight, so those are waited for and never
-    preempted. The first in order is never a victim: one sequence always fits.
-    """
-    table, pool = state.table, state.pool
-    preempted: list[Sequence] = []
-    while True:
-        ending = table.active & (table.num_tokens >= table.max_total_tokens)
-        slots = np.flatnonzero(table.active & ~ending).astype(np.int32)
-        decodes = slots[table.num_tokens[slots] - table.num_computed_tokens[slots] == 1]
-        coming = pool.num_free + pool.num_fenced + int(table.num_blocks[ending].sum())
-        if len(_growing(state, decodes)) <= coming:
-            return preempted
-        preempted.append(preempt(state, int(_in_order(state, slots)[-1])))
+    return blocks
 
 
 def _chunks(state: PlannerState, prefills: Int32Array, budget: int) -> tuple[list[tuple[int, int]], int]:
