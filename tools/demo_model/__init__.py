@@ -1,0 +1,1 @@
+"""Parts of the program that trains the small demonstration model."""
