@@ -1,0 +1,9 @@
+"""One thread: the tensors are tiny."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)

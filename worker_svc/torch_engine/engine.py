@@ -1,0 +1,204 @@
+"""The torch engine: runs each step eagerly, op by op. Portable, and the oracle of compiled engines.
+
+A step goes through four stages: the batch moves to the device (T2), the decoder runs (T3), rows that sample draw their
+token (T4), and the tokens travel to the host when the step is resolved. On a GPU the host only queues this work.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from albireo.errors import ConfigError
+from albireo.model_spec import ModelSpec, load_model_spec
+from albireo.v1 import plan_pb2
+from worker_svc.batch import InputBatch
+from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput
+from worker_svc.torch_engine.collectives import Collectives, join_group
+from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
+from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes, choose_num_blocks
+from worker_svc.torch_engine.loader import load_weights
+from worker_svc.torch_engine.model import Decoder, forward
+from worker_svc.torch_engine.rope import rope_tables
+from worker_svc.torch_engine.sampler import sample
+from worker_svc.torch_engine.sharding import shard_model
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class TorchEngine:
+    """One rank of a model in eager torch, on a CPU or a GPU."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._device = _device_of_rank(config)
+        self._group: Collectives | None = None
+        self._decoder: Decoder | None = None
+        self._kv_cache: KvCache | None = None
+        self._dtype = torch.float32
+        self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)
+
+    @torch.inference_mode()
+    def load(self, report: Progress) -> EngineInfo:
+        config = self._config
+        spec = load_model_spec(config.model_path)
+        shard = shard_model(spec, config.rank, config.tp_size)
+        max_model_len = _max_model_len(config, spec)
+        self._dtype = _dtype(config, spec, self._device)
+        if self._device.type == "cpu":
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp_size))
+        else:
+            torch.cuda.set_device(self._device)
+        report("meeting the other ranks", 0.0)
+        self._group = join_group(config.rank, config.tp_size, config.run_dir, self._device)
+        weights = load_weights(spec, shard, self._dtype, self._device, report)
+        cos, sin = rope_tables(spec.rope, spec.head_dim, max_model_len, self._device)
+        self._decoder = Decoder(spec, shard, weights, cos, sin, self._group)
+        bytes_per_block = block_bytes(spec, shard, self._dtype)
+        return EngineInfo(
+            device=self._device.type,
+            dtype=str(self._dtype).removeprefix("torch."),
+            vocab_size=spec.vocab_size,
+            eos_token_ids=spec.eos_token_ids,
+            max_model_len=max_model_len,
+            num_blocks=choose_num_blocks(
+                bytes_per_block, config.max_num_seqs, max_model_len, config.kv_cache_gib, self._device
+            ),
+        )
+
+    @torch.inference_mode()
+    def allocate(self, num_blocks: int) -> None:
+        decoder = self._loaded()
+        self._kv_cache = allocate_kv_cache(decoder.spec, decoder.shard, num_blocks, self._dtype, self._device)
+
+    @torch.inference_mode()
+    def launch(self, batch: InputBatch) -> "TorchStep":
+        decoder = self._loaded()
+        started_ns = time.perf_counter_ns()
+        inputs = prepare_inputs(batch, self._last_tokens, decoder.spec.sliding_window, self._device)
+        prepared_ns = time.perf_counter_ns()
+        before_forward = _mark(self._device)
+        logits_shard = self._forward(inputs)
+        after_forward = _mark(self._device)
+        tokens = self._sample(logits_shard, batch)
+        self._last_tokens[inputs.sample_slots] = tokens
+        after_sample = _mark(self._device)
+        return TorchStep(
+            tokens=_to_host(tokens.to(torch.int32)),
+            prepare_ns=prepared_ns - started_ns,
+            marks=(before_forward, after_forward, after_sample),
+            done=_mark(self._device),
+        )
+
+    def close(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group = self._decoder = self._kv_cache = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _forward(self, inputs: StepInputs) -> Tensor:
+        """The step's logits, [S, ids of the shard]."""
+        decoder = self._loaded()
+        assert self._kv_cache is not None, "launch before allocate"
+        if not len(inputs.token_ids):
+            return torch.zeros((0, len(decoder.shard.vocab)), device=self._device)
+        return forward(decoder, inputs, self._kv_cache)
+
+    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Tensor:
+        """The tokens of the step's sampling rows, [S]."""
+        decoder = self._loaded()
+        if not len(logits_shard):  # on all ranks alike
+            return torch.zeros(0, dtype=torch.int64, device=self._device)
+        return sample(logits_shard, batch.sampling, batch.output_positions, decoder.shard, decoder.group)
+
+    def _loaded(self) -> Decoder:
+        assert self._decoder is not None, "not loaded"
+        return self._decoder
+
+
+_Mark = int | torch.cuda.Event
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStep:
+    """A launched step. ``marks`` are the times before forward, between it and sampling, and after sampling."""
+
+    tokens: Tensor  # [S] int32 on the host; valid once ``done`` has passed
+    prepare_ns: int
+    marks: tuple[_Mark, _Mark, _Mark]
+    done: _Mark
+
+    def resolve(self) -> StepOutput:
+        if isinstance(self.done, torch.cuda.Event):
+            self.done.synchronize()
+        before_forward, after_forward, after_sample = self.marks
+        timings = plan_pb2.StepTimings(
+            prepare_ns=self.prepare_ns,
+            forward_ns=_elapsed_ns(before_forward, after_forward),
+            sample_ns=_elapsed_ns(after_forward, after_sample),
+        )
+        return StepOutput(np.asarray(self.tokens.numpy(), dtype=np.int32), timings)
+
+
+def _mark(device: torch.device) -> _Mark:
+    """Now, on the device's own time line."""
+    if device.type != "cuda":
+        return time.perf_counter_ns()
+    event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # of torch
+    event.record()
+    return event
+
+
+def _elapsed_ns(start: _Mark, end: _Mark) -> int:
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return int(start.elapsed_time(end) * 1e6)
+    assert isinstance(start, int)
+    assert isinstance(end, int)
+    return end - start
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+def choose_device(wanted: str) -> str:
+    """The device that ``--device`` names: cpu or cuda; auto takes a GPU where torch sees one."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda: torch sees no GPU")
+    if wanted == "auto":
+        return "cuda" if has_gpu else "cpu"
+    return wanted
+
+
+def _device_of_rank(config: EngineConfig) -> torch.device:
+    if config.device == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if config.rank >= count:
+        raise ConfigError(f"--device {config.device}: rank {config.rank} has no GPU of its own; torch sees {count}")
+    return torch.device("cuda", config.rank)
+
+
+def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if name not in _DTYPES:
+        raise ConfigError(f"dtype {name}: the torch engine computes in {', '.join(_DTYPES)}")
+    if name == "float16" and device.type == "cpu":
+        name = "bfloat16"  # few CPUs compute in float16
+    return _DTYPES[name]
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    if config.max_model_len > spec.max_position_embeddings:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len}: {spec.name} has {spec.max_position_embeddings} positions"
+        )
+    return config.max_model_len or spec.max_position_embeddings
