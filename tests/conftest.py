@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import write_tokenizer
 from hypothesis import settings
+
+from checkpoints import write_tokenizer
 
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
 settings.register_profile("albireo", deadline=None, derandomize=True)

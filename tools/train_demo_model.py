@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from demo_model import corpus, export
 from demo_model.model import DemoConfig, DemoLlama
 from demo_model.optim import Muon, learning_rate_scale, momentum_at
-from torch import Tensor
-from tqdm import tqdm
 
 SEED = 20
 MUON_LR = 0.02

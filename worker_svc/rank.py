@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,9 @@ from worker_svc.leader import SERVICE_NAME, Ranks, WorkerGroup
 from worker_svc.relay import Kind, RelayClient, to_int
 
 Result = TypeVar("Result")
+
+# A rank that has lost its leader is gone after so long, whatever its compute thread waits for.
+_LEAVE_WITHIN_S = 4.0
 
 log = structlog.get_logger()
 
@@ -166,7 +170,8 @@ def _receive_plans(relay: RelayClient, state: BatchState, steps: StepQueue) -> N
         _break_group(str(error))
     # The leader left: in order when we are told to stop as well, else the compute thread may wait for it for ever.
     steps.put(None)
-    threading.Timer(5.0, _break_group, args=["the leader is gone"]).start()
+    time.sleep(_LEAVE_WITHIN_S)
+    _break_group("the leader is gone")
 
 
 def _break_group(reason: str) -> None:

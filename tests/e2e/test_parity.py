@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
-from e2e_oracle import Case, Oracle
-from services import scheduler, worker_group
 
 from albireo.model_spec import DEMO_MODEL
 from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2, generation_pb2_grpc
+from checkpoints import make_checkpoint
+from e2e_oracle import Case, Oracle
+from services import scheduler, worker_group
 
 pytestmark = pytest.mark.e2e
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+
 from services import free_port
 
 pytestmark = pytest.mark.e2e

@@ -8,7 +8,6 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from services import scheduler, worker_group
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
 
@@ -16,6 +15,7 @@ from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import generation_pb2_grpc as rpc
 from albireo.v1 import plan_pb2
+from services import scheduler, worker_group
 from worker_svc.stub.truth import true_tokens
 
 pytestmark = pytest.mark.e2e

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from albireo_kernels import reference
-from albireo_kernels.reference import attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from albireo_kernels import reference
+from albireo_kernels.reference import attention
 
 BLOCK_SIZE = 4
 HEAD_DIM = 8

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from albireo_kernels import reference
 
 

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from albireo_kernels import reference
 from hypothesis import given
 from hypothesis import strategies as st
+
+from albireo_kernels import reference
 
 MASK32, MASK64 = 2**32 - 1, 2**64 - 1
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from services import process, wait_until_serving, worker_group
 
 from albireo.errors import GroupUnavailable
 from albireo.plan import NewSequence, Rows, StepPlan
 from albireo.v1 import plan_pb2
 from scheduler_svc.planner.group import GroupLink
+from services import process, wait_until_serving, worker_group
 from worker_svc.stub.truth import true_tokens
 
 PROMPT = np.arange(5, 50, dtype=np.int32)

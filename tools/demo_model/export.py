@@ -17,7 +17,7 @@ from demo_model.corpus import END_OF_TEXT
 from demo_model.model import DemoConfig, DemoLlama
 
 # Default sampling: chosen by reading completions of the trained model.
-SAMPLING: dict[str, float | int] = {"temperature": 0.5, "top_p": 0.95, "top_k": 50}
+SAMPLING: dict[str, float | int] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
 
 # Users' words become Python comments, answers stay as they are, so that any conversation is Python-like text.
 CHAT_TEMPLATE = (
@@ -57,7 +57,7 @@ engine can be tried and tested without downloading anything; it is not useful fo
 {c.max_position_embeddings} tokens,
   bfloat16 weights, float32 arithmetic).
 - Default sampling (`generation_config.json`): temperature {s[temperature]}, top-p {s[top_p]}, top-k {s[top_k]}.
-- Limits: the text has the look of Python and often parses, but it means nothing: names are invented, code does not
+- Limits: the text has the look of Python but means nothing: names are invented, lines repeat, code does not
   work, passages of the training text can be repeated. It follows no instructions; the chat template merely turns
   messages into comments for it to continue. It knows no language but Python and the English of its docstrings.
 """

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from albireo_kernels.reference import AttentionGroup, group_rows, to_device
 from torch import Tensor
 
+from albireo_kernels.reference import AttentionGroup, group_rows, to_device
 from worker_svc.batch import InputBatch
 from worker_svc.engine import BLOCK_SIZE
 

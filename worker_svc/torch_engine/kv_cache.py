@@ -1,5 +1,6 @@
 """The paged KV cache of one rank, and how many blocks it gets."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from worker_svc.torch_engine.sharding import ModelShard
 
 _GIB = 2**30
 _CPU_LIMIT_BYTES = 1 * _GIB
+_CPU_SHARE = 0.25  # of all memory, for one rank
 _CUDA_SHARE = 0.9  # of what is free beside the weights; the rest is for activations
 
 
@@ -46,8 +48,8 @@ def choose_num_blocks(
     """How many blocks a rank gets.
 
     Args:
-        kv_cache_gib: 0 means: on a CPU what all slots need at full length, at most 1 GiB; on a GPU nine tenths of the
-            memory that is free.
+        kv_cache_gib: 0 means: on a CPU what all slots need at full length, at most 1 GiB or what one of them needs, and
+            never more than a quarter of the machine's memory; on a GPU nine tenths of the memory that is free.
     Raises:
         ConfigError: one sequence of ``max_model_len`` would not fit.
     """
@@ -57,7 +59,9 @@ def choose_num_blocks(
     elif device.type == "cuda":
         limit_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     else:
-        limit_bytes = min(max_num_seqs * blocks_per_seq * bytes_per_block, _CPU_LIMIT_BYTES)
+        bytes_per_seq = blocks_per_seq * bytes_per_block
+        wanted_bytes = min(max_num_seqs * bytes_per_seq, max(bytes_per_seq, _CPU_LIMIT_BYTES))
+        limit_bytes = min(wanted_bytes, int(_memory_bytes() * _CPU_SHARE))
     num_blocks = limit_bytes // bytes_per_block
     if num_blocks < blocks_per_seq:
         raise ConfigError(
@@ -65,6 +69,10 @@ def choose_num_blocks(
             f"each rank, and there are {_gib(limit_bytes)}: set --kv-cache-gib higher or --max-model-len lower"
         )
     return num_blocks
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _gib(count: int) -> str:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from albireo_kernels import reference as kernels
 from torch import Tensor
 
 from albireo.model_spec import ModelSpec
+from albireo_kernels import reference as kernels
 from worker_svc.torch_engine.collectives import Collectives
 from worker_svc.torch_engine.inputs import StepInputs
 from worker_svc.torch_engine.kv_cache import KvCache

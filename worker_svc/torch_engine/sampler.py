@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from albireo_kernels.reference import gumbel_noise, noise_keys, to_device
-from albireo_kernels.reference.sampling import MIN_TEMPERATURE
 from torch import Tensor
 
 from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array
+from albireo_kernels.reference import gumbel_noise, noise_keys, to_device
+from albireo_kernels.reference.sampling import MIN_TEMPERATURE
 from worker_svc.batch import RowSampling
 from worker_svc.torch_engine.collectives import Collectives
 from worker_svc.torch_engine.sharding import ModelShard

@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import pytest
-from fake_server import FakeServer
 
 from albireo.v1 import generation_pb2_grpc
+from fake_server import FakeServer
 
 
 @pytest.fixture

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_server import FakeServer
 
 from albireo.cli.bench import WORKLOADS, Workload, percentile
 from albireo.cli.main import main
 from albireo.v1 import generation_pb2 as pb
+from fake_server import FakeServer
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_server import FakeServer
 
 from albireo.cli.main import main
+from fake_server import FakeServer
 
 
 def lines_file(tmp_path: Path, *lines: Any) -> str:

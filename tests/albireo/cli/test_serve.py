@@ -135,7 +135,7 @@ def test_help_explains_the_metrics_ports(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALBIREO_TP", "8")
-    monkeypatch.setenv("ALBIREO_STUB_STEP_MS", "5")
+    monkeypatch.setenv("ALBIREO_STARTUP_TIMEOUT", "5")
     config = ServeConfig(model="/m", served_model_name="m", engine="stub", tp=2, max_num_seqs=9, metrics_port=9000)
     worker, scheduler = child_processes(config, RunDir(tmp_path, keep=True))
     start = worker.argv.index("-m") + 1
@@ -150,7 +150,7 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
         *("--depth", "2", "--run-dir", str(tmp_path), "--log-level", "info", "--metrics-port", "9000"),
     ]
     assert "ALBIREO_TP" not in worker.env, "what serve reads must not reach the services a second way"
-    assert worker.env["ALBIREO_STUB_STEP_MS"] == "5", "what it does not know must"
+    assert worker.env["ALBIREO_STARTUP_TIMEOUT"] == "5", "what it does not know must"
 
 
 @pytest.mark.parametrize(
@@ -233,6 +233,7 @@ async def main():
     server = rpc.make_server()
     health = rpc.Health(server, [])
     server.add_insecure_port("127.0.0.1:" + sys.argv[sys.argv.index("--port") + 1])
+    server.add_insecure_port("unix:" + sys.argv[sys.argv.index("--run-dir") + 1] + "/frontend-0.sock")
     await server.start()
     await asyncio.sleep(0.3)
     await health.set_serving(True)

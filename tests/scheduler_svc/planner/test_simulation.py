@@ -6,9 +6,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from simulation import EOS, Simulation
 
 from scheduler_svc.planner.block_pool import BlockPool
+from simulation import EOS, Simulation
 
 VOCAB_SIZE = 53
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from engine_story import Story, engine_config
 from transformers import AutoModelForCausalLM
 
 from albireo.errors import ConfigError
 from albireo.plan import NewSequence
 from albireo.v1 import plan_pb2
+from checkpoints import make_checkpoint
 from worker_svc.engine import EngineConfig
 from worker_svc.torch_engine.engine import TorchEngine, choose_device
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 
 from albireo.errors import ConfigError
 from albireo.model_spec import load_model_spec
+from checkpoints import make_checkpoint
+from worker_svc.torch_engine import kv_cache
 from worker_svc.torch_engine.kv_cache import allocate_kv_cache, block_bytes, choose_num_blocks
 from worker_svc.torch_engine.sharding import shard_model
 
@@ -31,6 +32,13 @@ def test_a_cpu_gets_what_all_slots_need_within_one_gib() -> None:
     assert choose_num_blocks(MIB, max_num_seqs=300, max_model_len=100, kv_cache_gib=0, device=CPU) == 1024
 
 
+def test_a_cpu_gives_a_long_context_what_it_needs_within_a_quarter_of_its_memory(monkeypatch) -> None:
+    monkeypatch.setattr(kv_cache, "_memory_bytes", lambda: 16384 * MIB)
+    assert choose_num_blocks(MIB, max_num_seqs=4, max_model_len=40960, kv_cache_gib=0, device=CPU) == 1280
+    with pytest.raises(ConfigError, match=r"and there are 4\.000"):
+        choose_num_blocks(4 * MIB, max_num_seqs=4, max_model_len=40960, kv_cache_gib=0, device=CPU)
+
+
 def test_a_gpu_gets_nine_tenths_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (100 * MIB, 500 * MIB))
     assert choose_num_blocks(MIB, 1, 100, 0, torch.device("cuda", 0)) == 90
@@ -41,7 +49,8 @@ def test_a_stated_size_is_kept() -> None:
 
 
 @pytest.mark.parametrize("kv_cache_gib", [0.0, 0.001])
-def test_one_sequence_must_fit_and_the_message_says_how_much_it_needs(kv_cache_gib: float) -> None:
+def test_one_sequence_must_fit_and_the_message_says_how_much_it_needs(monkeypatch, kv_cache_gib: float) -> None:
+    monkeypatch.setattr(kv_cache, "_memory_bytes", lambda: 4096 * MIB)
     bytes_per_block = 7 * MIB
     with pytest.raises(ConfigError, match=r"sequence of 10000 tokens needs 2\.140 GiB") as caught:
         choose_num_blocks(bytes_per_block, 4, 10000, kv_cache_gib, CPU)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from albireo.errors import ConfigError
 from albireo.model_spec import ModelSpec, load_model_spec
+from checkpoints import make_checkpoint
 from worker_svc.torch_engine import loader
 from worker_svc.torch_engine.loader import load_weights
 from worker_svc.torch_engine.model import ModelWeights

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from engine_story import Story, engine_config, tell
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from albireo.model_spec import load_model_spec
+from checkpoints import make_checkpoint
 from worker_svc.torch_engine.collectives import SingleRank
 from worker_svc.torch_engine.loader import load_weights
 from worker_svc.torch_engine.model import Decoder, embed

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from albireo_kernels import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from albireo.arrays import Int32Array, Int64Array
+from albireo_kernels import reference
 from worker_svc.batch import RowSampling
 from worker_svc.torch_engine import sampler
 from worker_svc.torch_engine.collectives import SingleRank
