@@ -1,6 +1,7 @@
 """What every gRPC server and channel of Albireo has in common: limits, keepalive, health, reflection."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -42,16 +43,25 @@ def make_channel(target: str) -> aio.Channel:
 
 
 class Health:
-    """grpc.health.v1 and reflection of one server. Starts as NOT_SERVING."""
+    """grpc.health.v1 and reflection of one server; made by `add_health`."""
 
-    def __init__(self, server: aio.Server, service_names: Sequence[str]) -> None:
-        self._servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # bound at import time
-        self._names = ["", *service_names]
-        health_pb2_grpc.add_HealthServicer_to_server(self._servicer, server)
-        reflection.enable_server_reflection([*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    def __init__(self, servicer: Any, names: Sequence[str]) -> None:
+        self._servicer = servicer
+        self._names = names
 
     async def set_serving(self, serving: bool) -> None:
         """Sets the status of every service of this server, the overall one ("") included."""
         status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         for name in self._names:
             await self._servicer.set(name, status)
+
+
+async def add_health(server: aio.Server, service_names: Sequence[str]) -> Health:
+    """Adds health and reflection to a server that has not started. All is NOT_SERVING until said otherwise: the
+    library's own servicer begins with SERVING."""
+    servicer = health.aio.HealthServicer()  # type: ignore[attr-defined]  # bound at import time
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection([*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    added = Health(servicer, ["", *service_names])
+    await added.set_serving(False)
+    return added

@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,10 +37,10 @@ log = structlog.get_logger()
 
 def run_rank(config: WorkerConfig, run_dir: Path) -> int:
     """Runs rank ``config.rank`` until SIGTERM; returns the process's exit status."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the group decides when it ends
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))  # while loading, or waiting for other ranks
     engine_config, engine = make_engine(config, run_dir)
     steps: StepQueue = StepQueue()
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: steps.put(None))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the group decides when it ends
     (_run_leader if config.rank == 0 else _run_follower)(config, engine_config, engine, steps)
     engine.close()
     log.info("rank ends", rank=config.rank)
@@ -88,7 +89,7 @@ def _run_leader(config: WorkerConfig, engine_config: EngineConfig, engine: Engin
     engine.allocate(num_blocks)
     io.call(io.become_ready(_group_info(config, engine_config, info, num_blocks)))
     log.info("group is ready", rank=0, num_blocks=num_blocks, tp_size=config.tp, engine=config.engine)
-    run_steps(engine, steps, io.post)
+    _run_until_sigterm(engine, steps, io.post)
     io.call(io.stop())
 
 
@@ -137,7 +138,7 @@ class _LeaderIo:
         await self._ranks.listen(run_dir / "relay.sock")
         self._server = rpc.make_server()
         self._server.add_generic_rpc_handlers((self._group.handlers(),))
-        self._health = rpc.Health(self._server, [SERVICE_NAME])
+        self._health = await rpc.add_health(self._server, [SERVICE_NAME])
         self._server.add_insecure_port(self._config.listen)
         await self._server.start()
         serve_metrics(self._config.metrics_port)
@@ -158,7 +159,13 @@ def _run_follower(config: WorkerConfig, engine_config: EngineConfig, engine: Eng
     relay.send(Kind.READY)
     state = BatchState(engine_config.max_num_seqs, info.max_model_len, BLOCK_SIZE)
     threading.Thread(target=_receive_plans, args=(relay, state, steps), name="io", daemon=True).start()
-    run_steps(engine, steps, lambda _result: None)
+    _run_until_sigterm(engine, steps, lambda _result: None)
+
+
+def _run_until_sigterm(engine: Engine, steps: StepQueue, report: Callable[[StepResult], None]) -> None:
+    """Runs steps; SIGTERM lets the one that runs complete."""
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: steps.put(None))
+    run_steps(engine, steps, report)
 
 
 def _receive_plans(relay: RelayClient, state: BatchState, steps: StepQueue) -> None:

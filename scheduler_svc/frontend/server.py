@@ -9,7 +9,7 @@ from prometheus_client import start_http_server
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from albireo.errors import ConfigError, GroupUnavailable
-from albireo.rpc import Health, make_server
+from albireo.rpc import Health, add_health, make_server
 from albireo.v1 import generation_pb2_grpc
 from scheduler_svc.frontend import native, vllm_api
 from scheduler_svc.frontend.config import FrontendConfig
@@ -32,7 +32,7 @@ class FrontendServer:
         self._server = make_server(reuse_port=True)
         generation_pb2_grpc.add_GenerationServicer_to_server(native.GenerationServicer(self._core), self._server)
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm_api.VllmEngineServicer(self._core), self._server)
-        self._health = Health(self._server, [native.SERVICE_NAME, vllm_api.SERVICE_NAME])
+        self._health: Health | None = None
         self._metrics_server: tuple[WSGIServer, Thread] | None = None
 
     async def start(self) -> None:
@@ -49,22 +49,22 @@ class FrontendServer:
                 raise ConfigError(f"cannot listen on {address}: {error}") from error
         if config.metrics_port:
             self._metrics_server = _serve_metrics(config.host, config.metrics_port, self._metrics)
-        await self._health.set_serving(False)
+        self._health = await add_health(self._server, [native.SERVICE_NAME, vllm_api.SERVICE_NAME])
         await self._server.start()
         log.info("listening", addresses=[*shared, *own], model=self._core.model.name)
 
     async def run(self) -> None:
         """Serves until the link to the planner is lost; then raises GroupUnavailable."""
         await self._link.connect(self._config.startup_timeout)
-        await self._health.set_serving(True)
+        await self._set_serving(True)
         try:
             await self._link.run()
         finally:
-            await self._health.set_serving(False)
+            await self._set_serving(False)
 
     async def stop(self, drain_s: float) -> None:
         """Stops accepting, lets running requests finish for ``drain_s``, fails the rest with UNAVAILABLE."""
-        await self._health.set_serving(False)
+        await self._set_serving(False)
         stopping = asyncio.create_task(self._server.stop(grace=drain_s + 1))
         await asyncio.wait({stopping}, timeout=drain_s)
         self._link.fail_all(GroupUnavailable("the server is shutting down"))
@@ -76,6 +76,10 @@ class FrontendServer:
             server.shutdown()
             server.server_close()
             thread.join()
+
+    async def _set_serving(self, serving: bool) -> None:
+        if self._health is not None:
+            await self._health.set_serving(serving)
 
 
 def _serve_metrics(host: str, port: int, metrics: Metrics) -> tuple[WSGIServer, Thread]:

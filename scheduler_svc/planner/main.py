@@ -57,7 +57,7 @@ async def _serve(config: PlannerConfig) -> None:
         state = PlannerState.make(_limits(config, info), epoch=time.time_ns())
         service = PlannerService(state, group, info)
         frontend_pb2_grpc.add_PlannerServicer_to_server(service, server)  # type: ignore[arg-type]  # async by duck type
-        health = rpc.Health(server, [SERVICE_NAME])
+        health = await rpc.add_health(server, [SERVICE_NAME])
         server.add_insecure_port(config.planner)
         serve_metrics(config.metrics_port)
         await server.start()

@@ -7,8 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from albireo.errors import GroupUnavailable
 from albireo.plan import NewSequence, Rows, StepPlan
@@ -129,3 +131,16 @@ def test_a_group_that_cannot_start_says_why(tmp_path: Path, stub_model: Path, fl
     with process(argv, tmp_path / "worker.log") as group:
         assert group.wait(30) != 0
     assert message in (tmp_path / "worker.log").read_text()
+
+
+def test_health_is_not_serving_while_ranks_are_missing_and_sigterm_ends_the_wait(tmp_path: Path, stub_model: Path):
+    """A leader alone waits for its ranks: it must say so, and leave when it is told to."""
+    address = f"unix:{tmp_path}/group.sock"
+    argv = ["worker_svc", "--model", str(stub_model), "--engine", "stub", "--tp", "2", "--rank", "0"]
+    with process([*argv, "--listen", address, "--run-dir", str(tmp_path)], tmp_path / "rank.log") as leader:
+        with grpc.insecure_channel(address) as channel:
+            request = health_pb2.HealthCheckRequest()
+            answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=20, wait_for_ready=True)
+        assert answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        leader.send_signal(signal.SIGTERM)
+        assert leader.wait(5) == 0

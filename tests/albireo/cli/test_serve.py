@@ -231,7 +231,7 @@ import asyncio, sys
 from albireo import rpc
 async def main():
     server = rpc.make_server()
-    health = rpc.Health(server, [])
+    health = await rpc.add_health(server, [])
     server.add_insecure_port("127.0.0.1:" + sys.argv[sys.argv.index("--port") + 1])
     server.add_insecure_port("unix:" + sys.argv[sys.argv.index("--run-dir") + 1] + "/frontend-0.sock")
     await server.start()
