@@ -146,7 +146,7 @@ class WorkerGroup:
         try:
             async for data in plans:
                 plan = decode_plan(data)
-                stream.epoch = plan.epoch
+                stream.epoch = self._status.epoch = plan.epoch
                 self._steps.put(prepare(self._state, plan))
                 self._ranks.send_all(Kind.PLAN, data)
         except GroupError as error:

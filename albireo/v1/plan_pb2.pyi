@@ -12,7 +12,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("state", "stage", "progress", "info")
+    __slots__ = ("state", "stage", "progress", "info", "epoch")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GroupStatus.State]
@@ -25,11 +25,13 @@ class GroupStatus(_message.Message):
     STAGE_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     state: GroupStatus.State
     stage: str
     progress: float
     info: GroupInfo
-    def __init__(self, state: _Optional[_Union[GroupStatus.State, str]] = ..., stage: _Optional[str] = ..., progress: _Optional[float] = ..., info: _Optional[_Union[GroupInfo, _Mapping]] = ...) -> None: ...
+    epoch: int
+    def __init__(self, state: _Optional[_Union[GroupStatus.State, str]] = ..., stage: _Optional[str] = ..., progress: _Optional[float] = ..., info: _Optional[_Union[GroupInfo, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class GroupInfo(_message.Message):
     __slots__ = ("engine", "device", "dtype", "tp_size", "vocab_size", "eos_token_ids", "block_size", "num_blocks", "max_num_seqs", "max_model_len", "max_num_batched_tokens")

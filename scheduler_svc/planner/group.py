@@ -27,7 +27,7 @@ class GroupLink:
         self._channel = make_channel(target)
         self._plans: asyncio.Queue[bytes] = asyncio.Queue()
 
-    async def wait_until_ready(self) -> plan_pb2.GroupInfo:
+    async def wait_until_ready(self) -> plan_pb2.GroupStatus:
         """Waits while the group starts and loads, for as long as that takes: its own supervisor knows when it died."""
         stub: plan_pb2_grpc.WorkerGroupAsyncStub = plan_pb2_grpc.WorkerGroupStub(self._channel)
         logged_at = time.monotonic()
@@ -35,7 +35,7 @@ class GroupLink:
             try:
                 status = await stub.GetStatus(plan_pb2.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S)
                 if status.state == plan_pb2.GroupStatus.STATE_READY:
-                    return status.info
+                    return status
                 stage = f"{status.stage} {status.progress:.0%}"
             except aio.AioRpcError as error:
                 stage = error.code().name

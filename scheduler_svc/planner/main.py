@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-import time
 
 import structlog
 import uvloop
@@ -52,10 +51,9 @@ async def _serve(config: PlannerConfig) -> None:
     group = GroupLink(config.group)
     server = rpc.make_server()
     try:
-        info = await group.wait_until_ready()
-        # Epochs only have to grow: also over restarts of the planner.
-        state = PlannerState.make(_limits(config, info), epoch=time.time_ns())
-        service = PlannerService(state, group, info)
+        status = await group.wait_until_ready()
+        state = PlannerState.make(_limits(config, status.info), epoch=status.epoch + 1)
+        service = PlannerService(state, group, status.info)
         frontend_pb2_grpc.add_PlannerServicer_to_server(service, server)  # type: ignore[arg-type]  # async by duck type
         health = await rpc.add_health(server, [SERVICE_NAME])
         server.add_insecure_port(config.planner)

@@ -46,7 +46,7 @@ async def test_plans_run_in_order_on_all_ranks(tmp_path: Path, stub_model: Path,
     """Prefill, then decodes sent ahead of their results: the tokens are the true ones."""
     with worker_group(tmp_path, stub_model, engine="stub", tp=tp) as address:
         link = GroupLink(address)
-        info = await link.wait_until_ready()
+        info = (await link.wait_until_ready()).info
         assert (info.tp_size, info.engine, info.vocab_size) == (tp, "stub", 1003)
         for plan in [start_plan(1), *(StepPlan(1, step, None) for step in range(1, 10))]:
             link.send(plan)
@@ -65,6 +65,7 @@ async def test_a_broken_stream_is_refused_and_a_new_epoch_heals_the_group(tmp_pa
         await link.close()
 
         link = GroupLink(address)
+        assert (await link.wait_until_ready()).epoch == 1
         link.send(start_plan(2, step_id=50))
         assert await collect(link, 1) == true_tokens(PROMPT, plan_pb2.Sampling(), frozenset(), 1, 1003).tolist()
         await link.close()
