@@ -1,12 +1,17 @@
 """Settings that all tests share."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from checkpoints import write_tokenizer
+
+# A shell without job control starts background jobs with SIGINT ignored, and the servers under test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
 settings.register_profile("albireo", deadline=None, derandomize=True)
