@@ -49,7 +49,7 @@ class RelayClient:
     """The side of a rank that is not the leader: blocking, used by its I/O thread."""
 
     def __init__(self, path: Path, rank: int) -> None:
-        self._socket = _connect(path)
+        self._socket = connect_when_there(path)
         self._file = self._socket.makefile("rb", buffering=1 << 16)
         self.send(Kind.HELLO, rank)
 
@@ -66,7 +66,8 @@ class RelayClient:
         return (Kind(kind), payload) if len(payload) == length else None
 
 
-def _connect(path: Path) -> socket.socket:
+def connect_when_there(path: Path) -> socket.socket:
+    """Connects to the leader's unix socket at ``path``, which may come later. GroupError when it does not in time."""
     deadline = time.monotonic() + _JOIN_TIMEOUT_S
     while True:
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

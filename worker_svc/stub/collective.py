@@ -2,13 +2,13 @@
 
 import contextlib
 import socket
-import time
 from pathlib import Path
 
 import numpy as np
 
 from albireo.arrays import UInt64Array
 from albireo.errors import GroupError
+from worker_svc.relay import connect_when_there
 
 _JOIN_TIMEOUT_S = 60.0
 _STEP_TIMEOUT_S = 5.0
@@ -62,19 +62,9 @@ def _accept_all(path: Path, tp_size: int) -> list[socket.socket]:
 
 
 def _connect(path: Path, rank: int) -> socket.socket:
-    deadline = time.monotonic() + _JOIN_TIMEOUT_S
-    while True:
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            peer.connect(str(path))
-        except OSError as error:
-            peer.close()
-            if time.monotonic() > deadline:
-                raise GroupError(f"rank {rank}: no rank 0 within {_JOIN_TIMEOUT_S:.0f} s") from error
-            time.sleep(0.02)
-        else:
-            peer.sendall(bytes([rank]))
-            return peer
+    peer = connect_when_there(path)
+    peer.sendall(bytes([rank]))
+    return peer
 
 
 def _receive(peer: socket.socket, num: int) -> UInt64Array:
