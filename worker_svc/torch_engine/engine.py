@@ -65,7 +65,12 @@ class TorchEngine:
             eos_token_ids=spec.eos_token_ids,
             max_model_len=max_model_len,
             num_blocks=choose_num_blocks(
-                bytes_per_block, config.max_num_seqs, max_model_len, config.kv_cache_gib, self._device
+                bytes_per_block,
+                config.max_num_seqs,
+                max_model_len,
+                config.kv_cache_gib,
+                self._device,
+                config.tp_size,
             ),
         )
 

@@ -12,8 +12,7 @@ from worker_svc.engine import BLOCK_SIZE
 from worker_svc.torch_engine.sharding import ModelShard
 
 _GIB = 2**30
-_CPU_LIMIT_BYTES = 1 * _GIB
-_CPU_SHARE = 0.25  # of all memory, for one rank
+_CPU_SHARE = 0.25  # of the machine's memory, for all ranks together; pages count once they are used
 _CUDA_SHARE = 0.9  # of what is free beside the weights; the rest is for activations
 
 
@@ -43,13 +42,18 @@ def block_bytes(spec: ModelSpec, shard: ModelShard, dtype: torch.dtype) -> int:
 
 
 def choose_num_blocks(
-    bytes_per_block: int, max_num_seqs: int, max_model_len: int, kv_cache_gib: float, device: torch.device
+    bytes_per_block: int,
+    max_num_seqs: int,
+    max_model_len: int,
+    kv_cache_gib: float,
+    device: torch.device,
+    tp_size: int = 1,
 ) -> int:
     """How many blocks a rank gets.
 
     Args:
-        kv_cache_gib: 0 means: on a CPU what all slots need at full length, at most 1 GiB or what one of them needs, and
-            never more than a quarter of the machine's memory; on a GPU nine tenths of the memory that is free.
+        kv_cache_gib: 0 means: on a CPU what all slots need at full length, within this rank's part of a quarter of the
+            machine's memory; on a GPU nine tenths of the memory that is free.
     Raises:
         ConfigError: one sequence of ``max_model_len`` would not fit.
     """
@@ -59,9 +63,8 @@ def choose_num_blocks(
     elif device.type == "cuda":
         limit_bytes = int(torch.cuda.mem_get_info(device)[0] * _CUDA_SHARE)
     else:
-        bytes_per_seq = blocks_per_seq * bytes_per_block
-        wanted_bytes = min(max_num_seqs * bytes_per_seq, max(bytes_per_seq, _CPU_LIMIT_BYTES))
-        limit_bytes = min(wanted_bytes, int(_memory_bytes() * _CPU_SHARE))
+        share_bytes = int(_memory_bytes() * _CPU_SHARE) // tp_size
+        limit_bytes = min(max_num_seqs * blocks_per_seq * bytes_per_block, share_bytes)
     num_blocks = limit_bytes // bytes_per_block
     if num_blocks < blocks_per_seq:
         raise ConfigError(
