@@ -133,6 +133,27 @@ def test_exact_when_the_pool_is_so_small_that_everyone_is_preempted(tp_size, dep
     assert num_preemptions > 20
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("tp_size", [1, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_exact_over_hundreds_of_random_loads(tp_size, depth):
+    """The same over many seeds, pools and budgets."""
+    for seed in range(300):
+        rng = random.Random(f"{tp_size} {depth} {seed}")
+        block_size = rng.choice([1, 2, 4, 16])
+        simulation = Simulation(
+            tp_size,
+            depth,
+            block_size=block_size,
+            num_blocks=64 // block_size + rng.randrange(20),
+            max_num_seqs=rng.randrange(1, 12),
+            max_model_len=64,
+            max_num_batched_tokens=rng.randrange(12, 80),
+        )
+        load(simulation, rng, 30)
+        simulation.finish()
+
+
 def test_steady_decode_plans_carry_no_rows():
     """A decode step in which nobody joins or leaves has a plan with block appends only."""
     simulation = Simulation(num_blocks=60, max_model_len=60)
