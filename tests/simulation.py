@@ -147,9 +147,8 @@ class Simulation:
         )
         self.send(frontend, submits=[message])
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else {EOS})
-        true_sampling = plan_pb2.Sampling(
-            **{"top_p": 1.0, **sampling}, suppressed_token_ids=np.array(sorted(ends), dtype="<i4").tobytes()
-        )
+        suppressed = np.array(sorted(ends), dtype="<i4").tobytes()
+        true_sampling = plan_pb2.Sampling(**{"top_p": 1.0, **sampling, "suppressed_token_ids": suppressed})
         room = min(max_tokens, self.limits.max_model_len - len(prompt))
         tokens = true_tokens(np.array(prompt, dtype=np.int32), true_sampling, ends, room, self.limits.vocab_size)
         stops = int(tokens[-1]) in ends and len(tokens) > true_sampling.min_tokens

@@ -57,10 +57,9 @@ class RequestStream:
         self._sequences = [
             _Sequence(self, _open_completion(i, request, end_ids, detokenizer)) for i in range(request.n)
         ]
-        self._end_ids = end_ids
 
     def __enter__(self) -> "RequestStream":
-        submit = _submit(self.request, self._end_ids)
+        submit = _submit(self.request)
         for sequence in self._sequences:
             submit.sampling.seed = self.request.seed_of(sequence.completion.index)
             sequence.sequence_id = self._link.submit(submit, sequence)
@@ -175,7 +174,7 @@ def _open_completion(
     )
 
 
-def _submit(request: GenerationRequest, end_ids: frozenset[int]) -> frontend_pb2.Submit:
+def _submit(request: GenerationRequest) -> frontend_pb2.Submit:
     return frontend_pb2.Submit(
         request_id=request.request_id,
         token_ids=pack_int32(request.token_ids),
@@ -185,7 +184,6 @@ def _submit(request: GenerationRequest, end_ids: frozenset[int]) -> frontend_pb2
             top_p=request.top_p,
             top_k=request.top_k,
             min_tokens=request.min_tokens,
-            suppressed_token_ids=pack_int32(sorted(end_ids)) if request.min_tokens else b"",
         ),
         stop_token_ids=pack_int32(request.stop_token_ids),
         ignore_eos=request.ignore_eos,

@@ -77,7 +77,6 @@ async def test_parameters_reach_the_planner_resolved(world: Any, ids: Ids) -> No
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.5, 0.25, 7, 9)
     assert (submit.max_tokens, sampling.min_tokens) == (61, 2)
     assert unpack_int32(submit.stop_token_ids).tolist() == [5, 7]
-    assert unpack_int32(sampling.suppressed_token_ids).tolist() == [5, 7, *ids("<|eos|>")]
     assert (submit.request_id, submit.priority, submit.tenant) == ("r", -3, "acme")
     call.cancel()
 

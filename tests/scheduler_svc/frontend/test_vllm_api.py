@@ -121,7 +121,6 @@ async def test_sampling_parameters_reach_the_planner(world: Any) -> None:
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0, 0.5, 3, 2**64 - 2)
     assert (submit.max_tokens, sampling.min_tokens, submit.ignore_eos) == (4, 1, True)
     assert unpack_int32(submit.stop_token_ids).tolist() == [5]
-    assert unpack_int32(sampling.suppressed_token_ids).tolist() == [5]
     call.cancel()
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from albireo.arrays import unpack_int32
 from scheduler_svc.planner.block_pool import BlockPool
 from simulation import EOS, Simulation
 
@@ -215,3 +216,13 @@ def test_the_truth_machine_sees_a_wrong_block(monkeypatch):
     simulation.engines[1]._cache[simulation.state.table.block_tables[slot, 0], 1, 0] ^= 1
     with pytest.raises(AssertionError, match="a wrong token"):
         simulation.finish()
+
+
+@pytest.mark.parametrize(("ignore_eos", "suppressed"), [(False, [EOS, 5, 7]), (True, [5, 7])])
+def test_min_tokens_suppresses_what_would_end_the_sequence_whatever_the_front_end_says(ignore_eos, suppressed):
+    simulation = Simulation()
+    simulation.submit(
+        [1], 9, min_tokens=3, stop_token_ids=(7, 5), ignore_eos=ignore_eos, suppressed_token_ids=b"\1\0\0\0"
+    )
+    (sequence,) = simulation.state.sequences.values()
+    assert unpack_int32(sequence.sampling.suppressed_token_ids).tolist() == suppressed
