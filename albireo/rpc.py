@@ -17,8 +17,10 @@ _COMMON_OPTIONS: list[tuple[str, int]] = [
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *_COMMON_OPTIONS,
+    # Clients may ping as often as they like: a ping costs less than the connection that its refusal would break.
     ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 100),
+    ("grpc.http2.max_ping_strikes", 0),
 ]
 
 CHANNEL_OPTIONS: list[tuple[str, int]] = [
@@ -31,15 +33,37 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.enable_http_proxy", 0),
 ]
 
+# Between services, both sides ping: a process that is frozen, or a host that is gone, is noticed within 5 s.
+_PEER_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", 2_000),
+    ("grpc.keepalive_timeout_ms", 2_500),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
-def make_server(reuse_port: bool = False) -> aio.Server:
-    """A server with the limits above; ``reuse_port`` lets several processes listen on one port."""
-    return aio.server(options=[*SERVER_OPTIONS, ("grpc.so_reuseport", int(reuse_port))])
+# A client is given more time: its network may be slow, and its death costs one slot.
+_CLIENT_OPTIONS: list[tuple[str, int]] = [
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
-def make_channel(target: str) -> aio.Channel:
-    """An insecure channel to ``host:port`` or ``unix:path``."""
-    return aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+def make_server(
+    reuse_port: bool = False, for_peers: bool = False, interceptors: "Sequence[aio.ServerInterceptor[Any, Any]]" = ()
+) -> aio.Server:
+    """A server with the limits above.
+
+    Args:
+        reuse_port: several processes listen on one port.
+        for_peers: its clients are services, whose freeze is noticed within 5 s.
+    """
+    options = [*SERVER_OPTIONS, *(_PEER_OPTIONS if for_peers else _CLIENT_OPTIONS)]
+    return aio.server(options=[*options, ("grpc.so_reuseport", int(reuse_port))], interceptors=interceptors)
+
+
+def make_channel(target: str, to_peer: bool = False) -> aio.Channel:
+    """An insecure channel to ``host:port`` or ``unix:path``; ``to_peer``: its freeze is noticed within 5 s."""
+    return aio.insecure_channel(target, options=[*CHANNEL_OPTIONS, *(_PEER_OPTIONS if to_peer else [])])
 
 
 class Health:

@@ -5,6 +5,9 @@ Between a front end (clients, text) and the planner (sequences, tokens).
 
 One stream per front end; its life is the lease of the front end's sequences. Messages merge: each side
 sends what has gathered since its last message, so a step costs a front end one message at most.
+
+Either side may die. A front end that loses its stream attaches again, to the same planner or to its successor,
+and submits what it still runs with the output that it has: the sequences go on there.
 """
 
 from albireo.v1 import frontend_pb2 as _frontend_pb2

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61lbireo/v1/plan.proto\x12\nalbireo.v1\"\x12\n\x10GetStatusRequest\"\xd4\x01\n\x0bGroupStatus\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.albireo.v1.GroupStatus.State\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\x01\x12#\n\x04info\x18\x04 \x01(\x0b\x32\x15.albireo.v1.GroupInfo\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\"B\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\"\xeb\x01\n\tGroupInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\r\"}\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x06 \x01(\x0c\"\xa3\x01\n\x0bNewSequence\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x05 \x01(\x0c\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.albireo.v1.Sampling\"\xfc\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x16\n\x0e\x66inished_slots\x18\x03 \x01(\x0c\x12.\n\rnew_sequences\x18\x04 \x03(\x0b\x32\x17.albireo.v1.NewSequence\x12\x14\n\x0c\x61ppend_slots\x18\x05 \x01(\x0c\x12\x15\n\rappend_blocks\x18\x06 \x01(\x0c\x12\x16\n\trow_slots\x18\x07 \x01(\x0cH\x00\x88\x01\x01\x12 \n\x18row_num_scheduled_tokens\x18\x08 \x01(\x0c\x12\x13\n\x0brow_samples\x18\t \x01(\x0c\x42\x0c\n\n_row_slots\"i\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12(\n\x07timings\x18\x04 \x01(\x0b\x32\x17.albireo.v1.StepTimings\"Y\n\x0bStepTimings\x12\x12\n\nprepare_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tsample_ns\x18\x03 \x01(\x04\x12\x0f\n\x07idle_ns\x18\x04 \x01(\x04\x32\x8a\x01\n\x0bWorkerGroup\x12\x42\n\tGetStatus\x12\x1c.albireo.v1.GetStatusRequest\x1a\x17.albireo.v1.GroupStatus\x12\x37\n\x03Run\x12\x14.albireo.v1.StepPlan\x1a\x16.albireo.v1.StepResult(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15\x61lbireo/v1/plan.proto\x12\nalbireo.v1\"\x12\n\x10GetStatusRequest\"\xfe\x01\n\x0bGroupStatus\x12,\n\x05state\x18\x01 \x01(\x0e\x32\x1d.albireo.v1.GroupStatus.State\x12\r\n\x05stage\x18\x02 \x01(\t\x12\x10\n\x08progress\x18\x03 \x01(\x01\x12#\n\x04info\x18\x04 \x01(\x0b\x32\x15.albireo.v1.GroupInfo\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12\x14\n\x0cnext_step_id\x18\x06 \x01(\x04\x12\x12\n\nnum_queued\x18\x07 \x01(\r\"B\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x11\n\rSTATE_LOADING\x10\x01\x12\x0f\n\x0bSTATE_READY\x10\x02\"\xeb\x01\n\tGroupInfo\x12\x0e\n\x06\x65ngine\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07tp_size\x18\x04 \x01(\r\x12\x12\n\nvocab_size\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x12\n\nnum_blocks\x18\x08 \x01(\r\x12\x14\n\x0cmax_num_seqs\x18\t \x01(\r\x12\x15\n\rmax_model_len\x18\n \x01(\r\x12\x1e\n\x16max_num_batched_tokens\x18\x0b \x01(\r\"}\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmin_tokens\x18\x05 \x01(\r\x12\x1c\n\x14suppressed_token_ids\x18\x06 \x01(\x0c\"\xa3\x01\n\x0bNewSequence\x12\x0c\n\x04slot\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x0c\x12\x19\n\x11num_prompt_tokens\x18\x03 \x01(\r\x12\x1b\n\x13num_computed_tokens\x18\x04 \x01(\r\x12\x13\n\x0b\x62lock_table\x18\x05 \x01(\x0c\x12&\n\x08sampling\x18\x06 \x01(\x0b\x32\x14.albireo.v1.Sampling\"\xfc\x01\n\x08StepPlan\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x16\n\x0e\x66inished_slots\x18\x03 \x01(\x0c\x12.\n\rnew_sequences\x18\x04 \x03(\x0b\x32\x17.albireo.v1.NewSequence\x12\x14\n\x0c\x61ppend_slots\x18\x05 \x01(\x0c\x12\x15\n\rappend_blocks\x18\x06 \x01(\x0c\x12\x16\n\trow_slots\x18\x07 \x01(\x0cH\x00\x88\x01\x01\x12 \n\x18row_num_scheduled_tokens\x18\x08 \x01(\x0c\x12\x13\n\x0brow_samples\x18\t \x01(\x0c\x42\x0c\n\n_row_slots\"i\n\nStepResult\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0f\n\x07step_id\x18\x02 \x01(\x04\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12(\n\x07timings\x18\x04 \x01(\x0b\x32\x17.albireo.v1.StepTimings\"Y\n\x0bStepTimings\x12\x12\n\nprepare_ns\x18\x01 \x01(\x04\x12\x12\n\nforward_ns\x18\x02 \x01(\x04\x12\x11\n\tsample_ns\x18\x03 \x01(\x04\x12\x0f\n\x07idle_ns\x18\x04 \x01(\x04\x32\x8a\x01\n\x0bWorkerGroup\x12\x42\n\tGetStatus\x12\x1c.albireo.v1.GetStatusRequest\x1a\x17.albireo.v1.GroupStatus\x12\x37\n\x03Run\x12\x14.albireo.v1.StepPlan\x1a\x16.albireo.v1.StepResult(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETSTATUSREQUEST']._serialized_start=37
   _globals['_GETSTATUSREQUEST']._serialized_end=55
   _globals['_GROUPSTATUS']._serialized_start=58
-  _globals['_GROUPSTATUS']._serialized_end=270
-  _globals['_GROUPSTATUS_STATE']._serialized_start=204
-  _globals['_GROUPSTATUS_STATE']._serialized_end=270
-  _globals['_GROUPINFO']._serialized_start=273
-  _globals['_GROUPINFO']._serialized_end=508
-  _globals['_SAMPLING']._serialized_start=510
-  _globals['_SAMPLING']._serialized_end=635
-  _globals['_NEWSEQUENCE']._serialized_start=638
-  _globals['_NEWSEQUENCE']._serialized_end=801
-  _globals['_STEPPLAN']._serialized_start=804
-  _globals['_STEPPLAN']._serialized_end=1056
-  _globals['_STEPRESULT']._serialized_start=1058
-  _globals['_STEPRESULT']._serialized_end=1163
-  _globals['_STEPTIMINGS']._serialized_start=1165
-  _globals['_STEPTIMINGS']._serialized_end=1254
-  _globals['_WORKERGROUP']._serialized_start=1257
-  _globals['_WORKERGROUP']._serialized_end=1395
+  _globals['_GROUPSTATUS']._serialized_end=312
+  _globals['_GROUPSTATUS_STATE']._serialized_start=246
+  _globals['_GROUPSTATUS_STATE']._serialized_end=312
+  _globals['_GROUPINFO']._serialized_start=315
+  _globals['_GROUPINFO']._serialized_end=550
+  _globals['_SAMPLING']._serialized_start=552
+  _globals['_SAMPLING']._serialized_end=677
+  _globals['_NEWSEQUENCE']._serialized_start=680
+  _globals['_NEWSEQUENCE']._serialized_end=843
+  _globals['_STEPPLAN']._serialized_start=846
+  _globals['_STEPPLAN']._serialized_end=1098
+  _globals['_STEPRESULT']._serialized_start=1100
+  _globals['_STEPRESULT']._serialized_end=1205
+  _globals['_STEPTIMINGS']._serialized_start=1207
+  _globals['_STEPTIMINGS']._serialized_end=1296
+  _globals['_WORKERGROUP']._serialized_start=1299
+  _globals['_WORKERGROUP']._serialized_end=1437
 # @@protoc_insertion_point(module_scope)

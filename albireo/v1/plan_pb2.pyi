@@ -12,7 +12,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GroupStatus(_message.Message):
-    __slots__ = ("state", "stage", "progress", "info", "epoch")
+    __slots__ = ("state", "stage", "progress", "info", "epoch", "next_step_id", "num_queued")
     class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         STATE_UNSPECIFIED: _ClassVar[GroupStatus.State]
@@ -26,12 +26,16 @@ class GroupStatus(_message.Message):
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     INFO_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    NEXT_STEP_ID_FIELD_NUMBER: _ClassVar[int]
+    NUM_QUEUED_FIELD_NUMBER: _ClassVar[int]
     state: GroupStatus.State
     stage: str
     progress: float
     info: GroupInfo
     epoch: int
-    def __init__(self, state: _Optional[_Union[GroupStatus.State, str]] = ..., stage: _Optional[str] = ..., progress: _Optional[float] = ..., info: _Optional[_Union[GroupInfo, _Mapping]] = ..., epoch: _Optional[int] = ...) -> None: ...
+    next_step_id: int
+    num_queued: int
+    def __init__(self, state: _Optional[_Union[GroupStatus.State, str]] = ..., stage: _Optional[str] = ..., progress: _Optional[float] = ..., info: _Optional[_Union[GroupInfo, _Mapping]] = ..., epoch: _Optional[int] = ..., next_step_id: _Optional[int] = ..., num_queued: _Optional[int] = ...) -> None: ...
 
 class GroupInfo(_message.Message):
     __slots__ = ("engine", "device", "dtype", "tp_size", "vocab_size", "eos_token_ids", "block_size", "num_blocks", "max_num_seqs", "max_model_len", "max_num_batched_tokens")

@@ -56,7 +56,8 @@ class WorkerGroupServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Run(self, request_iterator, context):
-        """The plan stream, held by one planner at a time. A new stream begins a new epoch: the group forgets its slots.
+        """The plan stream, held by one planner at a time: a second one ends the first with ABORTED. A new stream begins a new
+        epoch: the group forgets its slots. UNAVAILABLE: the group is not complete.
         Plans run in order; there is one result per plan, in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -37,7 +37,8 @@ class WorkerGroupStub:
     def __new__(cls, channel: _aio.Channel) -> WorkerGroupAsyncStub: ...
     GetStatus: _grpc.UnaryUnaryMultiCallable[_plan_pb2.GetStatusRequest, _plan_pb2.GroupStatus]
     Run: _grpc.StreamStreamMultiCallable[_plan_pb2.StepPlan, _plan_pb2.StepResult]
-    """The plan stream, held by one planner at a time. A new stream begins a new epoch: the group forgets its slots.
+    """The plan stream, held by one planner at a time: a second one ends the first with ABORTED. A new stream begins a new
+    epoch: the group forgets its slots. UNAVAILABLE: the group is not complete.
     Plans run in order; there is one result per plan, in order.
     """
 
@@ -46,7 +47,8 @@ class WorkerGroupAsyncStub(WorkerGroupStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetStatus: _aio.UnaryUnaryMultiCallable[_plan_pb2.GetStatusRequest, _plan_pb2.GroupStatus]  # type: ignore[assignment]
     Run: _aio.StreamStreamMultiCallable[_plan_pb2.StepPlan, _plan_pb2.StepResult]  # type: ignore[assignment]
-    """The plan stream, held by one planner at a time. A new stream begins a new epoch: the group forgets its slots.
+    """The plan stream, held by one planner at a time: a second one ends the first with ABORTED. A new stream begins a new
+    epoch: the group forgets its slots. UNAVAILABLE: the group is not complete.
     Plans run in order; there is one result per plan, in order.
     """
 
@@ -64,7 +66,8 @@ class WorkerGroupServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_plan_pb2.StepPlan],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_plan_pb2.StepResult], _abc.AsyncIterator[_plan_pb2.StepResult]]:
-        """The plan stream, held by one planner at a time. A new stream begins a new epoch: the group forgets its slots.
+        """The plan stream, held by one planner at a time: a second one ends the first with ABORTED. A new stream begins a new
+        epoch: the group forgets its slots. UNAVAILABLE: the group is not complete.
         Plans run in order; there is one result per plan, in order.
         """
 
