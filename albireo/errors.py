@@ -18,6 +18,7 @@ class AlbireoError(Exception):
     """Base of all errors raised on purpose."""
 
     status: grpc.StatusCode = grpc.StatusCode.INTERNAL
+    retry_after_s: float = 0.0  # when a client should try again; 0: unknown
 
 
 class InvalidRequest(AlbireoError):
@@ -36,6 +37,10 @@ class Overloaded(AlbireoError):
     """A bound is reached; the client should try again later."""
 
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class GroupUnavailable(AlbireoError):

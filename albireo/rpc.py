@@ -1,6 +1,6 @@
 """What every gRPC server and channel of Albireo has in common: limits, keepalive, health, reflection."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpc import aio
@@ -49,16 +49,21 @@ _CLIENT_OPTIONS: list[tuple[str, int]] = [
 
 
 def make_server(
-    reuse_port: bool = False, for_peers: bool = False, interceptors: "Sequence[aio.ServerInterceptor[Any, Any]]" = ()
+    reuse_port: bool = False,
+    for_peers: bool = False,
+    interceptors: "Sequence[aio.ServerInterceptor[Any, Any]]" = (),
+    options: Mapping[str, int] | None = None,
 ) -> aio.Server:
     """A server with the limits above.
 
     Args:
         reuse_port: several processes listen on one port.
         for_peers: its clients are services, whose freeze is noticed within 5 s.
+        options: gRPC's, in place of those above.
     """
-    options = [*SERVER_OPTIONS, *(_PEER_OPTIONS if for_peers else _CLIENT_OPTIONS)]
-    return aio.server(options=[*options, ("grpc.so_reuseport", int(reuse_port))], interceptors=interceptors)
+    common = dict([*SERVER_OPTIONS, *(_PEER_OPTIONS if for_peers else _CLIENT_OPTIONS)])
+    common |= {"grpc.so_reuseport": int(reuse_port), **(options or {})}
+    return aio.server(options=list(common.items()), interceptors=interceptors)
 
 
 def make_channel(target: str, to_peer: bool = False) -> aio.Channel:

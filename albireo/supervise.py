@@ -1,231 +1,281 @@
-"""Starts and watches child processes: none outlives its parent, and one that dies stops them all.
+"""Starts child processes and keeps them running: none outlives its parent, and one that dies is started again.
 
-    sys.exit(asyncio.run(run_until_exit([Child("rank-0", [...]), Child("rank-1", [...])])))
+    sys.exit(asyncio.run(supervise([Child("rank-0", [...]), Child("rank-1", [...])])))
 
-Each child gets a session of its own, so a Ctrl-C in the terminal reaches the parent alone, and the parent decides the
-order: SIGTERM in reverse order of start, SIGKILL after a grace time, SIGKILL at once on a second signal.
+**Exit statuses**, of supervisors and of the processes under them:
+
+    0    ended because it was asked to
+    1    failed while running: start me again
+    2    wrong usage, configuration or model: starting me again cannot help
+    130  killed its children on a second Ctrl-C
+
+A child that exits by itself, with whatever status, is started again while the others go on. All end when one exits with
+status 2, or fails to start `MAX_FAILURES` times in a row: it is gone before it has said that it is ready.
+
+**Watchdog.** A child tells that it is ready and alive with sd_notify(3) (`albireo.watchdog`); one that falls silent is
+killed, and so started again. A supervisor does the same for its own: it beats, and is ready when all its children are.
+
+**Signals.** SIGINT, SIGTERM and SIGHUP stop all, stage by stage: SIGTERM, and SIGKILL after a grace time. A second one
+kills at once. Each child gets a session of its own, so a Ctrl-C in the terminal reaches the parent alone, and the
+parent decides the order. SIGUSR2 replaces the children, one after the other (`Roll`).
 """
 
 import asyncio
 import contextlib
-import os
 import signal
-import subprocess
 import sys
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-_NUM_TAIL_LINES = 20
-_TAIL_BYTES = 64 << 10
-# A death soon causes others, which may be noticed before it: one that a signal killed is taken for the cause.
-_SETTLE_S = 0.2
+from albireo.child import Child, Process, Roll
+from albireo.watchdog import Watchdog
 
-# Runs in the child before its program and turns into it: asks the kernel (Linux) for SIGKILL when the parent's thread
-# ends. Done here and not in a preexec_fn, because Python code between fork and exec can deadlock when the parent has
-# threads, and gRPC has them. The parent may have died before prctl: then nobody would send the signal.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-try:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
-except (AttributeError, OSError, TypeError):
-    pass
-if os.getppid() != int(sys.argv[1]):
-    sys.exit("the parent died first")
-try:
-    os.execvp(sys.argv[2], sys.argv[2:])
-except OSError as error:
-    sys.exit(f"cannot start {sys.argv[2]}: {error.strerror}")
-"""
+MAX_FAILURES = 5
+READY_WITHIN_S = 60.0  # in a rolling restart
+_BACKOFF_S, _MAX_BACKOFF_S = 0.2, 5.0
+_CHECK_S = 0.5
+# Woken so late, this process was stopped or starved itself, and cannot tell who else was silent meanwhile.
+_PAUSED_S = 1.0
+_FAILED, _UNUSABLE, _KILLED = 1, 2, 130
+
+Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Child:
-    """A process to run. Without ``log_path`` it writes where its parent does."""
-
-    name: str
-    argv: Sequence[str]
-    log_path: Path | None = None
-    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-
-
-def python_module(module: str) -> list[str]:
-    """The argv that runs ``module`` in this interpreter.
-
-    The child imports from the working directory only if this process does: a ``random.py`` in the directory where the
-    user happens to be must not replace the standard library's.
-    """
-    uses_cwd = any(entry in ("", os.getcwd()) for entry in sys.path)
-    return [sys.executable, *([] if uses_cwd else ["-P"]), "-m", module]
-
-
-async def run_until_exit(
+async def supervise(
     children: Sequence[Child],
     *,
     beside: Callable[[], Awaitable[None]] | None = None,
     grace_s: float = 5.0,
-    together: bool = False,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201  # for people
+    say: Say = lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201  # for people
 ) -> int:
-    """Starts the children in order and keeps them until a signal arrives or one of them exits.
+    """Starts the children in order and keeps them running until a signal arrives or a restart cannot help.
 
     Must run in the main thread: signals arrive there, and children die with the thread that started them.
 
     Args:
         beside: runs meanwhile, cancelled at the end; may return early. What it raises stops the children and is raised.
         grace_s: between a child's SIGTERM and its SIGKILL.
-        together: SIGTERM goes to all at once; else each is told when the one started after it is gone.
         say: takes reports for the user: who died, of what, where its log is and how it ends.
     Returns:
-        0 after SIGINT, SIGTERM or SIGHUP; 130 after a second one; 1 when a child exited by itself, whatever its status.
+        The exit status for this process, as above.
     """
-    stop, kill = asyncio.Event(), asyncio.Event()
-    running: list[_Running] = []
-    with _signal_handlers(lambda: kill.set() if stop.is_set() else stop.set()):
+    # In /tmp, because a socket's path holds 107 bytes and $TMPDIR may be long.
+    with tempfile.TemporaryDirectory(prefix="albireo-", dir="/tmp") as directory:
+        supervisor = _Supervisor(children, Path(directory), grace_s, say)
+        with _signal_handlers(supervisor.interrupt, supervisor.start_rolling):
+            return await supervisor.run(beside)
+
+
+class _Supervisor:
+    """All children of this process, and how they end together."""
+
+    def __init__(self, children: Sequence[Child], directory: Path, grace_s: float, say: Say) -> None:
+        self._watchdog = Watchdog()
+        self._keepers = [_Keeper(child, directory, self._tell_ready, grace_s, say) for child in children]
+        self._grace_s = grace_s
+        self._say = say
+        self._stopping: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._killed = False
+        self._rolling: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._rolling.set_result(None)
+
+    async def run(self, beside: Callable[[], Awaitable[None]] | None) -> int:
+        beating = asyncio.create_task(self._watchdog.keep_beating())
+        keeping = [asyncio.create_task(each.keep()) for each in self._keepers]
+        listening = asyncio.create_task(self._listen())
         try:
-            for child in children:
-                running.append(await _Running.start(child))  # noqa: PERF401  # what has started must be stopped
-            dead = await _watch(running, stop, beside)
-            if dead:
-                say(_report(dead))
+            status = await _first_result([self._stopping, *keeping, listening], beside)
         finally:
-            stop.set()
-            await _stop_all(running, kill, grace_s, together, say)
-    if dead:
-        return 1
-    return 130 if kill.is_set() else 0
+            if not self._stopping.done():
+                self._stopping.set_result(0)
+            await _cancel(*keeping, listening, self._rolling)
+            for stage in sorted({each.child.stage for each in self._keepers}, reverse=True):
+                await _end([each for each in self._processes() if each.child.stage == stage], self._grace_s, self._say)
+            await _cancel(beating)
+        return _KILLED if self._killed and status == 0 else status
+
+    def interrupt(self) -> None:
+        """The first time stops all, then kills all."""
+        if not self._stopping.done():
+            self._stopping.set_result(0)
+            return
+        self._killed = True
+        for each in self._processes():
+            self._say(f"killing {each.child.name}: asked to")
+            each.kill()
+
+    def start_rolling(self) -> None:
+        if self._rolling.done() and not self._stopping.done():
+            self._rolling = asyncio.create_task(self._roll())
+        else:
+            self._say("no rolling restart now: one is under way, or the end")
+
+    async def _roll(self) -> None:
+        for each in self._keepers:
+            if not await each.roll():
+                self._say(f"the rolling restart ends early: the new {each.child.name} did not become ready")
+                return
+
+    async def _listen(self) -> int:
+        """Kills whoever is silent for too long; never returns."""
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            now = loop.time()
+            was_paused = now - before > _CHECK_S + _PAUSED_S
+            before = now
+            for each in self._processes():
+                each.read()  # what came meanwhile counts
+                if was_paused:
+                    each.excuse()
+                elif each.is_silent(now):
+                    self._say(f"killing {each.child.name}: it did not answer for {each.patience_s:g} s")
+                    each.kill()
+
+    def _tell_ready(self) -> None:
+        if all(any(process.ready.done() for process in each.processes) for each in self._keepers):
+            self._watchdog.ready()
+
+    def _processes(self) -> list[Process]:
+        return [process for each in self._keepers for process in each.processes if not process.exited.done()]
 
 
-class _Running:
-    """A started child. ``exited`` is done when the process is gone and reaped."""
+class _Keeper:
+    """Keeps one child running. ``processes`` are those which are there: two while one replaces the other."""
 
-    def __init__(self, child: Child, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, child: Child, directory: Path, on_ready: Callable[[], None], grace_s: float, say: Say) -> None:
         self.child = child
-        self._process = process
-        self.exited = asyncio.create_task(process.wait())
+        self.processes: list[Process] = []
+        self._directory = directory
+        self._on_ready = on_ready
+        self._grace_s = grace_s
+        self._say = say
+        # Carries a future for the process that was replaced, or for None when its successor did not become ready.
+        self._roll_asked: asyncio.Future[asyncio.Future[Process | None]] = asyncio.get_running_loop().create_future()
 
-    @classmethod
-    async def start(cls, child: Child) -> "_Running":
-        prelude = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid())]
-        with contextlib.ExitStack() as stack:
-            log = stack.enter_context(child.log_path.open("ab")) if child.log_path else None
-            process = await asyncio.create_subprocess_exec(
-                *prelude,
-                *child.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT if log else None,
-                env=dict(child.env),
-                start_new_session=True,
-            )
-        return cls(child, process)
+    async def keep(self) -> int:
+        """Starts the child again and again; returns the status to end with when that cannot help."""
+        num_failures = 0
+        process = await self._start()
+        while True:
+            await _wait_for_one(process.exited, self._roll_asked)
+            if not process.exited.done():
+                process = await self._replace(process)
+                continue
+            status = process.exited.result()
+            num_failures = 0 if process.ready.done() else num_failures + 1
+            if status == _UNUSABLE or (status == _FAILED and self.child.supervises and num_failures):
+                self._say(process.report())
+                return status
+            if num_failures == MAX_FAILURES:
+                self._say(process.report(f", failing to start {num_failures} times in a row"))
+                return _FAILED
+            self._say(process.obituary(" and is started again"))
+            if num_failures > 1:
+                await asyncio.sleep(min(_MAX_BACKOFF_S, _BACKOFF_S * 2 ** (num_failures - 2)))
+            process = await self._start()
 
-    def terminate(self) -> None:
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):
-                self._process.terminate()
+    async def roll(self) -> bool:
+        """Does what the child's `Roll` says. False: the new process did not become ready in time."""
+        if self.child.supervises:
+            for each in self.processes:
+                if each.ready.done():  # before, all that it runs is new, and the signal might kill it
+                    each.send_signal(signal.SIGUSR2)
+            return True
+        if self.child.roll is Roll.KEEP:
+            return True
+        answer: asyncio.Future[Process | None] = asyncio.get_running_loop().create_future()
+        self._roll_asked.set_result(answer)
+        old = await answer
+        if old is None:
+            return False
+        await _end([old], self._grace_s, self._say)  # here, because `keep` has the new one to look after
+        self._say(f"{self.child.name} is replaced")
+        return True
 
-    def kill(self) -> None:
-        """SIGKILL to the child's whole session: helpers of its own must not survive it either."""
-        if not self.exited.done():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+    async def _replace(self, old: Process) -> Process:
+        """Starts a successor; returns which of the two is to be kept."""
+        answer = self._roll_asked.result()
+        self._roll_asked = asyncio.get_running_loop().create_future()
+        overlaps = self.child.roll is Roll.OVERLAP
+        if not overlaps:
+            await _end([old], self._grace_s, self._say)
+        new = await self._start()
+        await _wait_for_one(new.ready, new.exited, timeout_s=READY_WITHIN_S)
+        is_ready = new.ready.done()
+        if overlaps and not is_ready:
+            new.kill()
+            await _wait_for_one(new.exited)
+            self._say(new.report(", as successor of one that goes on"))
+        answer.set_result(old if is_ready else None)
+        return old if overlaps and not is_ready else new
 
-    def obituary(self) -> str:
-        status = self.exited.result()
-        how = f"exited with status {status}" if status >= 0 else f"was killed by {_signal_name(-status)}"
-        return f"{self.child.name} {how}" + (f"; its log is {self.child.log_path}" if self.child.log_path else "")
+    async def _start(self) -> Process:
+        process = await Process.start(self.child, self._directory)
+        self.processes.append(process)
+        process.exited.add_done_callback(lambda _: self.processes.remove(process))
+        process.ready.add_done_callback(lambda _: self._on_ready())
+        return process
 
 
-def _report(dead: Sequence[_Running]) -> str:
-    """Who died, the likely cause last: there a person looks first, and so does a parent that shows our last lines."""
-    first, *others = dead
-    lines: list[str] = []
-    if first.child.log_path:
-        lines += [f"the log of {first.child.name} ends:", *("  | " + line for line in _tail(first.child.log_path))]
-    return "\n".join([*lines, *(each.obituary() for each in others), first.obituary()])
+async def _end(processes: Sequence[Process], grace_s: float, say: Say) -> None:
+    """SIGTERM to all at once, SIGKILL to those still there after the grace time; returns when they are gone."""
+    for each in processes:
+        each.terminate()
+    exits = [each.exited for each in processes]
+    if not exits:
+        return
+    await asyncio.wait(exits, timeout=grace_s)
+    for each in processes:
+        if not each.exited.done():
+            say(f"killing {each.child.name}: still there after {grace_s:g} s")
+            each.kill()
+    await asyncio.wait(exits)
 
 
-async def _watch(
-    running: Sequence[_Running], stop: asyncio.Event, beside: Callable[[], Awaitable[None]] | None
-) -> list[_Running]:
-    """Waits for the first reason to end; returns the children that exited by themselves, the likely cause first."""
-    stopped = asyncio.create_task(stop.wait())
+async def _first_result(reasons: Sequence[asyncio.Future[int]], beside: Callable[[], Awaitable[None]] | None) -> int:
+    """The first result of any of ``reasons``, unless ``beside`` raises before."""
     work = asyncio.ensure_future(beside()) if beside else None
-    waiting: set[asyncio.Future[Any]] = {stopped, *(each.exited for each in running)}
     try:
         if work:
-            await asyncio.wait({*waiting, work}, return_when=asyncio.FIRST_COMPLETED)
-        if not stop.is_set() and not any(each.exited.done() for each in running):
-            if work:
-                await work  # done; raises what it raised
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
-            return []  # a child that obeys the same signal has not died of itself
-        await asyncio.wait([each.exited for each in running], timeout=_SETTLE_S)
-        dead = [each for each in running if each.exited.done()]
-        return sorted(dead, key=lambda each: each.exited.result() >= 0)  # stable: by start among equals
+            await _wait_for_one(work, *reasons)
+            if not any(each.done() for each in reasons):
+                work.result()  # raises what it raised
+        await _wait_for_one(*reasons)
+        return next(each.result() for each in reasons if each.done())
     finally:
-        stopped.cancel()
         if work:
-            work.cancel()
-            # Its own error matters only where no child died, and was raised above.
-            await asyncio.gather(work, return_exceptions=True)
+            await _cancel(work)
 
 
-async def _stop_all(
-    running: Sequence[_Running], kill: asyncio.Event, grace_s: float, together: bool, say: Callable[[str], None]
-) -> None:
-    """Ends all children, last started first, and reaps them."""
-    killed = asyncio.create_task(kill.wait())
-    if together:
-        for each in reversed(running):
-            each.terminate()
-    deadline = asyncio.get_running_loop().time() + grace_s
-    for each in reversed(running):
-        if not together:
-            each.terminate()
-            deadline = asyncio.get_running_loop().time() + grace_s
-        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait({each.exited, killed}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        if not each.exited.done():
-            why = "asked to" if kill.is_set() else f"still there after {grace_s:g} s"
-            say(f"killing {each.child.name}: {why}")
-            each.kill()
-            await each.exited
-    killed.cancel()
+async def _wait_for_one(*work: asyncio.Future[Any], timeout_s: float | None = None) -> None:
+    await asyncio.wait(work, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+
+
+async def _cancel(*work: asyncio.Future[Any]) -> None:
+    for each in work:
+        each.cancel()
+    await asyncio.gather(*work, return_exceptions=True)
 
 
 @contextlib.contextmanager
-def _signal_handlers(handler: Callable[[], None]) -> Iterator[None]:
+def _signal_handlers(on_stop: Callable[[], None], on_roll: Callable[[], None]) -> Iterator[None]:
     loop = asyncio.get_running_loop()
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup asks
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    handlers: Mapping[signal.Signals, Callable[[], None]] = {
+        signal.SIGINT: on_stop,
+        signal.SIGTERM: on_stop,
+        signal.SIGHUP: on_stop,
+        signal.SIGUSR2: on_roll,
+    }
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as nohup asks
+        handlers = {number: handler for number, handler in handlers.items() if number != signal.SIGHUP}
+    for number, handler in handlers.items():
         loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
-        for number in numbers:
+        for number in handlers:
             loop.remove_signal_handler(number)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _tail(path: Path) -> list[str]:
-    """The last lines of a log, whatever is in it."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except OSError as error:
-        return [f"(unreadable: {error.strerror})"]
-    return lines[-_NUM_TAIL_LINES:] or ["(empty)"]

@@ -1,4 +1,8 @@
-"""``python -m scheduler_svc``: one planner and its front ends, or ``planner`` / ``frontend`` alone."""
+"""``python -m scheduler_svc``: one planner and its front ends, or ``planner`` / ``frontend`` alone.
+
+SIGUSR2 replaces them without losing a request: the planner, then each front end, which drains when its successor is
+ready. Exit statuses are those of `albireo.supervise`.
+"""
 
 import asyncio
 import contextlib
@@ -7,9 +11,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from albireo.child import Child, Roll, python_module
 from albireo.config import flag, parse, to_argv
 from albireo.logging import set_up_logging
-from albireo.supervise import Child, python_module, run_until_exit
+from albireo.supervise import supervise
+
+# A front end that has drained ends within it.
+_AFTER_DRAIN_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,12 @@ class SchedulerConfig:
     frontends: int = flag(1, "front-end processes")
     depth: int = flag(2, "plans in flight at most; 1 is synchronous")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: what the group takes")
+    max_waiting: int = flag(4096, "sequences that may wait; more are refused with RESOURCE_EXHAUSTED")
+    max_streams: int = flag(
+        4096, "requests that one front end serves at once; more are refused with RESOURCE_EXHAUSTED"
+    )
+    recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
+    drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str = flag("", "directory for sockets and logs; default: a temporary one")
     metrics_port: int = flag(
         0, "Prometheus: the planner on this port of 127.0.0.1, front end i on port + 2 + i; 0: none"
@@ -51,22 +65,32 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging("scheduler", config.log_level)
     with contextlib.ExitStack() as stack:
         run_dir = Path(config.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="albireo-scheduler-")))
-        return asyncio.run(run_until_exit(_children(config, run_dir)))
+        return asyncio.run(supervise(_children(config, run_dir), grace_s=config.drain_timeout + _AFTER_DRAIN_S))
 
 
 def _children(config: SchedulerConfig, run_dir: Path) -> list[Child]:
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     module = python_module("scheduler_svc")
-    planner_flags = to_argv(config, "group", "planner", "depth", "max_num_batched_tokens", "metrics_port", "log_level")
+    planner_flags = to_argv(
+        config,
+        *("group", "planner", "depth", "max_num_batched_tokens", "max_waiting", "recovery_timeout"),
+        *("metrics_port", "log_level"),
+    )
     children = [Child("planner", [*module, "planner", *planner_flags], logs / "planner.log")]
-    shared = to_argv(config, "model", "served_model_name", "planner", "host", "port", "log_level")
+    shared = to_argv(
+        config,
+        *("model", "served_model_name", "planner", "host", "port"),
+        *("max_streams", "recovery_timeout", "drain_timeout", "log_level"),
+    )
     for index in range(config.frontends):
         name = f"frontend-{index}"
         own = ["--name", name, "--listen", f"unix:{run_dir / name}.sock"]
         if config.metrics_port:
             own += ["--metrics-port", str(config.metrics_port + 2 + index)]
-        children.append(Child(name, [*module, "frontend", *shared, *own], logs / f"{name}.log"))
+        log = logs / f"{name}.log"
+        # Stopped before the planner, which they need to finish what they have.
+        children.append(Child(name, [*module, "frontend", *shared, *own], log, stage=1, roll=Roll.OVERLAP))
     return children
 
 

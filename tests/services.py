@@ -2,16 +2,20 @@
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT_S = 120.0
 
@@ -20,6 +24,17 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def fixed_ports(num: int) -> int:
+    """The first of ``num`` free ports in a row, none of which the system gives to outgoing connections: a process that
+    restarts must find its port free."""
+    while True:
+        first = random.SystemRandom().randrange(20_000, 30_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + num):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
 
 
 def wait_until_serving(target: str, process: subprocess.Popen | None = None, log: Path | None = None) -> None:
@@ -61,29 +76,93 @@ def process(argv: list[str], log: Path, **env: str) -> Iterator[subprocess.Popen
             raise AssertionError(f"{argv[0]} did not end on SIGTERM\n{log.read_text()[-4000:]}") from None
 
 
+@dataclass(frozen=True)
+class Service:
+    """A supervisor and what it runs."""
+
+    address: str
+    process: subprocess.Popen
+    run_dir: Path
+
+    def pids(self, *words: str) -> list[int]:
+        """Its descendants with these words in a row on their command line."""
+        wanted = "\0".join(("", *words, "")).encode()
+        return [pid for pid in descendants(self.process.pid) if wanted in _command_line(pid)]
+
+    def send_signal(self, pid: int, number: signal.Signals) -> None:
+        """Signals a descendant; ProcessLookupError when ``pid`` is none, or not any more."""
+        file = os.pidfd_open(pid)
+        try:
+            if pid not in descendants(self.process.pid):
+                raise ProcessLookupError(pid)
+            signal.pidfd_send_signal(file, number)
+        finally:
+            os.close(file)
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, those that it has waited for left out."""
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # gone meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in map(int, (task / "children").read_text().split()):
+                found += [child, *descendants(child)]
+    return found
+
+
+def read_metrics(port: int) -> dict[str, float]:
+    """What a process tells Prometheus, by sample name; samples with labels are left out."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+
+
 @contextlib.contextmanager
-def worker_group(run_dir: Path, model: str | Path, **flags: object) -> Iterator[str]:
-    """A worker group; yields its address. Flags by their Python names: ``tp=2``."""
+def worker_service(run_dir: Path, model: str | Path, **flags: object) -> Iterator[Service]:
+    """A worker group. Flags by their Python names: ``tp=2``."""
     run_dir.mkdir(parents=True, exist_ok=True)
     address = f"unix:{run_dir}/group.sock"
     argv = ["worker_svc", "--model", str(model), "--listen", address, "--run-dir", str(run_dir), *_argv(flags)]
     with process(argv, run_dir / "worker.log") as child:
         wait_until_serving(address, child, run_dir / "logs" / "rank-0.log")
-        yield address
+        yield Service(address, child, run_dir)
 
 
 @contextlib.contextmanager
-def scheduler(run_dir: Path, model: str | Path, group: str, **flags: object) -> Iterator[str]:
-    """A planner with front ends; yields the address for clients."""
+def worker_group(run_dir: Path, model: str | Path, **flags: object) -> Iterator[str]:
+    """A worker group; yields its address."""
+    with worker_service(run_dir, model, **flags) as service:
+        yield service.address
+
+
+@contextlib.contextmanager
+def scheduler_service(
+    run_dir: Path, model: str | Path, group: str, port: int = 0, **flags: object
+) -> Iterator[Service]:
+    """A planner with front ends; its address is the clients'. ``port`` 0: any."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = port or free_port()
     argv = ["scheduler_svc", "--model", str(model), "--group", group, "--planner", f"unix:{run_dir}/planner.sock"]
     argv += ["--port", str(port), "--run-dir", str(run_dir), *_argv(flags)]
     with process(argv, run_dir / "scheduler.log") as child:
         for index in range(int(str(flags.get("frontends", 1)))):
             name = f"frontend-{index}"
             wait_until_serving(f"unix:{run_dir}/{name}.sock", child, run_dir / "logs" / f"{name}.log")
-        yield f"127.0.0.1:{port}"
+        yield Service(f"127.0.0.1:{port}", child, run_dir)
+
+
+@contextlib.contextmanager
+def scheduler(run_dir: Path, model: str | Path, group: str, **flags: object) -> Iterator[str]:
+    """A planner with front ends; yields the address for clients."""
+    with scheduler_service(run_dir, model, group, **flags) as service:
+        yield service.address
+
+
+def _command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 def _argv(flags: dict[str, object]) -> list[str]:

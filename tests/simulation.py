@@ -13,10 +13,10 @@ import numpy as np
 from albireo.plan import StepPlan, decode_plan, encode_plan
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
-from scheduler_svc.planner.commit import commit_step
+from scheduler_svc.planner.commit import Ended, commit_step
 from scheduler_svc.planner.policy import plan_step
 from scheduler_svc.planner.sequence import EndReason
-from scheduler_svc.planner.state import Limits, PlannerState
+from scheduler_svc.planner.state import Limits, PlannerState, lose_group, regain_group
 from worker_svc.batch import BatchState, InputBatch
 from worker_svc.engine import EngineConfig
 from worker_svc.stub.engine import StubEngine
@@ -31,6 +31,7 @@ class Expected:
 
     tokens: np.ndarray
     ends_with_stop: bool
+    submit: frontend_pb2.Submit
     got: list[int] = field(default_factory=list)
     reason: EndReason | None = None
     gone: bool = False  # cancelled, truncated or aborted: a prefix is all that may have come
@@ -93,16 +94,21 @@ class Simulation:
             eos_token_ids=(EOS,),
             depth=depth,
         )
-        self.state = PlannerState.make(self.limits, epoch=1)
+        self.epoch = 1
+        self.state = PlannerState.make(self.limits, self.epoch)
         self.engines = [StubEngine(self._engine_config(rank, tp_size)) for rank in range(tp_size)]
         for engine in self.engines:
             engine._vocab_size = vocab_size
             engine.allocate(num_blocks)
-        self.batch_states = [BatchState(max_num_seqs, max_model_len, block_size) for _ in range(tp_size)]
+        self.batch_states = [
+            BatchState(max_num_seqs, max_model_len, block_size, num_blocks, vocab_size, max_num_batched_tokens)
+            for _ in range(tp_size)
+        ]
         self.checker = FenceChecker()
         self.planned: deque[tuple[int, list[InputBatch]]] = deque()
         self.results: deque[tuple[int, np.ndarray]] = deque()
         self.expected: dict[tuple[int, int], Expected] = {}
+        self.num_arrivals = 0
         self.num_steps = self.num_preemptions = self.num_rowless_plans = 0
 
     def _engine_config(self, rank: int, tp_size: int) -> EngineConfig:
@@ -152,12 +158,16 @@ class Simulation:
         room = min(max_tokens, self.limits.max_model_len - len(prompt))
         tokens = true_tokens(np.array(prompt, dtype=np.int32), true_sampling, ends, room, self.limits.vocab_size)
         stops = int(tokens[-1]) in ends and len(tokens) > true_sampling.min_tokens
-        self.expected[key] = Expected(tokens, stops)
+        self.expected[key] = Expected(tokens, stops, message)
         return key
 
-    def send(self, frontend: int, **fields: object) -> list[frontend_pb2.Ended]:
+    def send(self, frontend: int, **fields: object) -> None:
         message = frontend_pb2.FrontendMessage(**fields)
-        return apply_message(self.state, frontend, message, len(self.expected), now_ns=0)
+        arrived = apply_message(self.state, frontend, message, self.num_arrivals, now_ns=0)
+        self.num_arrivals += len(message.submits)
+        assert not arrived.refused
+        for ended in arrived.ended:
+            self._see_end(ended)
 
     def cancel(self, key: tuple[int, int]) -> None:
         self.send(key[0], cancels=[key[1]])
@@ -171,6 +181,42 @@ class Simulation:
         end_all_of(self.state, frontend)
         for (owner, _), expected in self.expected.items():
             expected.gone |= owner == frontend and expected.reason is None
+
+    # What breaks.
+
+    def lose_group(self) -> None:
+        """The group forgets everything, and what is under way is lost; it comes back empty."""
+        assert not lose_group(self.state), "given up on"
+        self._restart_ranks()
+        self.epoch += 1
+        regain_group(self.state, self.limits, self.epoch)
+
+    def lose_planner(self) -> None:
+        """A new planner learns from the front ends what runs. Ends that were not told yet are told again."""
+        self._restart_ranks()
+        self.epoch += 1
+        self.state = PlannerState.make(self.limits, self.epoch)
+        for (frontend, _), expected in self.expected.items():
+            if expected.gone or expected.reason is not None:
+                continue
+            expected.submit.is_resumed = True
+            expected.submit.output_token_ids = np.array(expected.got, dtype="<i4").tobytes()
+            self.send(frontend, submits=[expected.submit])
+
+    def lose_last_end(self) -> None:
+        """The planner dies between a sequence's last token and saying that it was the last."""
+        ended = [one for one in self.expected.values() if one.reason is not None]
+        if ended:
+            ended[-1].reason = None
+        self.lose_planner()
+
+    def _restart_ranks(self) -> None:
+        self.planned.clear()
+        self.results.clear()
+        self.checker = FenceChecker()
+        for engine in self.engines:
+            engine._cache[:] = 0  # what a restarted rank holds
+            engine._last_tokens[:] = 0
 
     # What time brings.
 
@@ -218,12 +264,15 @@ class Simulation:
             assert not expected.gone, "a token for a sequence whose client is gone"
             expected.got.append(token)
             assert expected.got == expected.tokens[: len(expected.got)].tolist(), "a wrong token"
-        for one in committed.ended:
-            expected = self.expected[one.sequence.frontend, one.sequence.sequence_id]
-            expected.reason = one.reason
-            assert expected.got == expected.tokens.tolist(), "ended too early"
-            assert (one.reason is EndReason.STOP) == expected.ends_with_stop
+        for ended in committed.ended:
+            self._see_end(ended)
         return True
+
+    def _see_end(self, ended: Ended) -> None:
+        expected = self.expected[ended.sequence.frontend, ended.sequence.sequence_id]
+        expected.reason = ended.reason
+        assert expected.got == expected.tokens.tolist(), "ended too early"
+        assert (ended.reason is EndReason.STOP) == expected.ends_with_stop
 
     def check_pool(self) -> None:
         pool, table = self.state.pool, self.state.table

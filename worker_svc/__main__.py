@@ -1,4 +1,7 @@
-"""``python -m worker_svc``: one worker group on this host, or one of its ranks (``--rank``)."""
+"""``python -m worker_svc``: one worker group on this host, or one of its ranks (``--rank``).
+
+Exit statuses are those of `albireo.supervise`: 1 asks for a restart, 2 says that it cannot help.
+"""
 
 import asyncio
 import contextlib
@@ -9,10 +12,11 @@ from pathlib import Path
 
 import structlog
 
+from albireo.child import Child, Roll, python_module
 from albireo.config import parse, to_argv
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, GroupError
 from albireo.logging import set_up_logging
-from albireo.supervise import Child, python_module, run_until_exit
+from albireo.supervise import supervise
 from worker_svc.config import WorkerConfig
 from worker_svc.rank import run_rank
 
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             return _run_group(dataclasses.replace(config, run_dir=run_dir))
     except AlbireoError as error:
         structlog.get_logger().error("worker ends", error=str(error), kind=type(error).__name__)
-        return 2
+        return 1 if isinstance(error, GroupError) else 2
 
 
 def _run_group(config: WorkerConfig) -> int:
@@ -38,11 +42,14 @@ def _run_group(config: WorkerConfig) -> int:
     names = [field.name for field in dataclasses.fields(WorkerConfig)]
     children = [
         Child(
-            f"rank-{rank.rank}", [*python_module("worker_svc"), *to_argv(rank, *names)], logs / f"rank-{rank.rank}.log"
+            f"rank-{rank.rank}",
+            [*python_module("worker_svc"), *to_argv(rank, *names)],
+            logs / f"rank-{rank.rank}.log",
+            roll=Roll.KEEP,  # no rank goes on without the others
         )
         for rank in ranks
     ]
-    return asyncio.run(run_until_exit(children, together=True))
+    return asyncio.run(supervise(children))
 
 
 if __name__ == "__main__":

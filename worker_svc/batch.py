@@ -13,6 +13,7 @@ from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
 from albireo.v1 import plan_pb2
 
 _INT32_MAX = 2**31 - 1
+_MAX_STEP_ID = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ class InputBatch:
 class SlotSampling:
     """Sampling parameters by slot."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
         self._top_p = np.ones(max_num_seqs, dtype=np.float32)
         self._top_k = np.zeros(max_num_seqs, dtype=np.int32)
@@ -86,6 +88,7 @@ class SlotSampling:
         self._seed[slot] = sampling.seed
         self._min_tokens[slot] = min(sampling.min_tokens, _INT32_MAX)
         self._suppressed[slot] = unpack_int32(sampling.suppressed_token_ids)
+        _check_range("suppressed token", self._suppressed[slot], 0, self._vocab_size)
 
     def rows(self, slots: Int32Array, output_positions: Int64Array) -> RowSampling:
         """The parameters of a step's sampling rows; a copy, since slots change hands while the step waits."""
@@ -102,10 +105,27 @@ class SlotSampling:
 
 
 class BatchState:
-    """What a rank knows of its sequences, by slot. `apply` is the only way to change it."""
+    """What a rank knows of its sequences, by slot. `apply` is the only way to change it.
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+    Args:
+        num_cache_blocks: that the group's KV cache has.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        num_cache_blocks: int,
+        vocab_size: int,
+        max_num_batched_tokens: int,
+    ) -> None:
         self.block_size = block_size
+        self._max_num_seqs = max_num_seqs
+        self._max_model_len = max_model_len
+        self._num_cache_blocks = num_cache_blocks
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._vocab_size = vocab_size
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
         self.num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
@@ -114,22 +134,51 @@ class BatchState:
         self.num_known_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
         self.num_computed_tokens = np.zeros(max_num_seqs, dtype=np.int32)
-        self.sampling = SlotSampling(max_num_seqs)
+        self.sampling = SlotSampling(max_num_seqs, vocab_size)
         self._epoch = 0
         self._next_step_id = 0
         self._row_slots = np.zeros(0, dtype=np.int32)
 
+    @classmethod
+    def of_group(cls, info: plan_pb2.GroupInfo, num_cache_blocks: int) -> "BatchState":
+        return cls(
+            max_num_seqs=info.max_num_seqs,
+            max_model_len=info.max_model_len,
+            block_size=info.block_size,
+            num_cache_blocks=num_cache_blocks,
+            vocab_size=info.vocab_size,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+        )
+
     def apply(self, plan: StepPlan) -> InputBatch:
         """Applies a plan and returns the inputs of its step.
 
-        Raises GroupError when the plan does not follow the last one or does not fit the state: the group must restart.
+        Raises GroupError when the plan does not follow the last one or does not fit the state, which is half changed
+        then: only a new epoch can follow.
         """
+        try:
+            return self._apply(plan)
+        except GroupError:
+            raise
+        except Exception as error:  # whatever the bytes were, they must not end the process
+            raise GroupError(f"step {plan.step_id} cannot be applied: {error!r}") from error
+
+    def _apply(self, plan: StepPlan) -> InputBatch:
         self._check_order(plan)
+        self._check_slots("finished", plan.finished_slots)
         for new in plan.new_sequences:
             self._start_sequence(new)
-        self._append_blocks(plan.append_slots, plan.append_blocks)
-        rows = decode_rows(self._row_slots) if plan.rows is None else plan.rows
-        self._row_slots = rows.slots
+        if len(plan.append_slots):
+            self._append_blocks(plan.append_slots, plan.append_blocks)
+        if plan.rows is None:
+            rows = decode_rows(self._row_slots)
+        else:
+            rows = plan.rows
+            self._check_slots("row", rows.slots)
+            _check_range("scheduled tokens", rows.num_scheduled_tokens, 1, self._max_model_len + 1)
+            if rows.num_scheduled_tokens.sum(dtype=np.int64) > self._max_num_batched_tokens:
+                raise GroupError(f"more than {self._max_num_batched_tokens} tokens in a step")
+            self._row_slots = rows.slots
         batch = self._input_batch(rows)
         self.num_computed_tokens[rows.slots] += rows.num_scheduled_tokens
         return batch
@@ -139,16 +188,28 @@ class BatchState:
             if plan.epoch < self._epoch:
                 raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
             self._epoch, self._next_step_id = plan.epoch, plan.step_id
-            self.num_blocks[:] = 0
+            for of_slots in (self.num_blocks, self.num_known_tokens, self.num_prompt_tokens, self.num_computed_tokens):
+                of_slots[:] = 0
             self._row_slots = np.zeros(0, dtype=np.int32)
+        if plan.step_id >= _MAX_STEP_ID:
+            raise GroupError(f"step {plan.step_id}: no step follows that")
         if plan.step_id != self._next_step_id:
             raise GroupError(f"plan of step {plan.step_id} where step {self._next_step_id} follows")
         self._next_step_id += 1
 
     def _start_sequence(self, new: NewSequence) -> None:
         slot, num_tokens, num_blocks = new.slot, len(new.token_ids), len(new.block_table)
-        if num_tokens > self.known_tokens.shape[1] or num_blocks > self.block_tables.shape[1]:
+        if not 0 <= slot < self._max_num_seqs:
+            raise GroupError(f"slot {slot} of {self._max_num_seqs}")
+        if not 0 < num_tokens <= self._max_model_len or num_blocks > self.block_tables.shape[1]:
             raise GroupError(f"slot {slot}: {num_tokens} tokens in {num_blocks} blocks do not fit")
+        if not (0 <= new.num_prompt_tokens <= num_tokens and 0 <= new.num_computed_tokens < num_tokens):
+            raise GroupError(
+                f"slot {slot}: {num_tokens} tokens, {new.num_prompt_tokens} of the prompt, "
+                f"{new.num_computed_tokens} computed"
+            )
+        _check_range("token", new.token_ids, 0, self._vocab_size)
+        _check_range("block", new.block_table, 0, self._num_cache_blocks)
         self.known_tokens[slot, :num_tokens] = new.token_ids
         self.num_known_tokens[slot] = num_tokens
         self.num_prompt_tokens[slot] = new.num_prompt_tokens
@@ -157,7 +218,16 @@ class BatchState:
         self.num_blocks[slot] = num_blocks
         self.sampling.set(slot, new.sampling)
 
+    def _check_slots(self, what: str, slots: Int32Array) -> None:
+        _check_range(f"{what} slot", slots, 0, self._max_num_seqs)
+        if len(slots) > 1 and np.bincount(slots).max() > 1:
+            raise GroupError(f"a {what} slot is named twice")
+
     def _append_blocks(self, slots: Int32Array, blocks: Int32Array) -> None:
+        self._check_slots("append", slots)
+        _check_range("block", blocks, 0, self._num_cache_blocks)
+        if (self.num_blocks[slots] == 0).any():
+            raise GroupError("a slot without a sequence gets a block")
         self.block_tables[slots, self.num_blocks[slots]] = blocks
         self.num_blocks[slots] += 1
 
@@ -167,7 +237,8 @@ class BatchState:
         np.cumsum(counts, out=starts[1:])
         computed = self.num_computed_tokens[slots]
         context_lens = computed + counts
-        if (context_lens > self.num_blocks[slots] * self.block_size).any():
+        reach = np.minimum(self.num_blocks[slots] * self.block_size, self._max_model_len)
+        if (context_lens > reach).any():
             raise GroupError("a row reaches past its sequence's blocks")
         token_slots = np.repeat(slots, counts)
         positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - starts[:-1], counts)
@@ -175,6 +246,8 @@ class BatchState:
         sample_rows = np.flatnonzero(rows.samples)
         sample_slots = slots[sample_rows]
         output_positions = context_lens[sample_rows].astype(np.int64) - self.num_prompt_tokens[sample_slots]
+        if (output_positions < 0).any():
+            raise GroupError("a row samples inside its prompt")
         return InputBatch(
             slots=slots,
             query_starts=starts,
@@ -191,3 +264,8 @@ class BatchState:
             output_positions=output_positions,
             sampling=self.sampling.rows(sample_slots, output_positions),
         )
+
+
+def _check_range(what: str, values: Int32Array, start: int, stop: int) -> None:
+    if len(values) and not (start <= values.min() and values.max() < stop):
+        raise GroupError(f"{what} {values.min()} .. {values.max()}: not in {start} .. {stop - 1}")

@@ -23,8 +23,13 @@ class WorkerConfig:
     metrics_port: int = flag(0, "Prometheus metrics of the leader on this port of 127.0.0.1; 0: none")
     log_level: str = flag("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     stub_step_ms: float = flag(0.0, "how long a step of the stub engine lasts (modelled)")
+    step_timeout: float = flag(
+        60.0, "seconds after which a step that has not completed is taken for stuck; the rank then restarts"
+    )
     rank: int = flag(-1, "run this rank only; -1: start all ranks of the group and watch them")
 
     def __post_init__(self) -> None:
         if self.tp < 1:
             raise ValueError(f"--tp {self.tp}: at least 1")
+        if self.step_timeout <= 0:
+            raise ValueError(f"--step-timeout {self.step_timeout:g}: more than 0")

@@ -61,16 +61,32 @@ class PendingStep(Protocol):
 
 
 class Engine(Protocol):
-    """Runs the steps of one rank, on one thread. All ranks of a group make the same calls in the same order."""
+    """Runs the steps of one rank, on one thread: load, then join, allocate, launch ..., leave for group after group.
+
+    All ranks of a group make the same calls in the same order from `join` on; `join`, `launch` and the step's `resolve`
+    raise GroupError when a peer is lost. No wait for a peer is endless.
+    """
 
     def load(self, report: Progress) -> EngineInfo:
-        """Loads weights and finds out how many blocks fit. Collective: every rank must call."""
+        """Loads weights and finds out how many blocks fit. Needs no other rank."""
+
+    def join(self, meeting: int) -> None:
+        """Meets the other ranks that were given the same number, which is of one group alone."""
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocates the KV cache; called once, with the group's number of blocks."""
+        """Makes a KV cache of the group's number of blocks; keeps the one that is there when the number is the same."""
 
     def launch(self, batch: InputBatch) -> PendingStep:
         """Starts forward and sampling of one step. An asynchronous device returns before the step has run."""
+
+    def abort(self) -> None:
+        """Gets `join` and `launch` out of a wait for a peer, now or later, until `leave`: they raise GroupError.
+
+        The one method that other threads call. An engine that cannot do this does nothing: its waits end by themselves.
+        """
+
+    def leave(self) -> None:
+        """Leaves the group, whatever state it is in; weights and cache stay."""
 
     def close(self) -> None:
         """Leaves the group and frees the device."""

@@ -2,81 +2,223 @@
 
 A stream socket tells at once when the other side dies, which a ring in shared memory does not, and costs a rank
 microseconds a plan. Frames have a fixed layout: kind (uint8), length (uint32, little-endian), payload.
+
+A connection is of one group: when the group breaks, both sides close it, and the rank comes again with a new one.
 """
 
 import asyncio
+import contextlib
 import enum
+import secrets
 import socket
 import struct
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import structlog
+
 from albireo.errors import GroupError
+from worker_svc.life import Meeting
 
 _HEADER = struct.Struct("<BI")
-_UINT32 = struct.Struct("<I")
-_JOIN_TIMEOUT_S = 60.0
+_HELLO = struct.Struct("<II")
+_MEETING = struct.Struct("<QI")
+_FIND_LEADER_WITHIN_S = 60.0
+_RETRY_S = 0.02
+
+log = structlog.get_logger()
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Rank to leader: HELLO rank, LOADED num_blocks, READY. Leader to rank: ALLOCATE num_blocks,
-    PLAN bytes of a StepPlan."""
+    """What a frame says. Rank to leader: HELLO rank and num_blocks, READY. Leader to rank: ALLOCATE, a `Meeting`; PLAN,
+    bytes of a StepPlan."""
 
     HELLO = 1
-    LOADED = 2
-    READY = 3
-    ALLOCATE = 4
-    PLAN = 5
+    READY = 2
+    ALLOCATE = 3
+    PLAN = 4
 
 
-def frame(kind: Kind, payload: bytes | int = b"") -> bytes:
-    """A frame; an integer payload travels as uint32."""
-    data = _UINT32.pack(payload) if isinstance(payload, int) else payload
-    return _HEADER.pack(kind, len(data)) + data
+class NoLeaderError(Exception):
+    """There is no leader to be found."""
 
 
-def to_int(payload: bytes) -> int:
-    return int(_UINT32.unpack(payload)[0])
+def frame(kind: Kind, payload: bytes = b"") -> bytes:
+    return _HEADER.pack(kind, len(payload)) + payload
 
 
-async def read_frame(reader: asyncio.StreamReader) -> tuple[Kind, bytes]:
-    """The leader's side. Raises asyncio.IncompleteReadError when the rank is gone."""
+@dataclass(eq=False, slots=True)
+class _Peer:
+    """A rank's connection, as the leader sees it."""
+
+    rank: int
+    num_blocks: int
+    writer: asyncio.StreamWriter
+    is_ready: bool = False
+
+
+class RelayServer:
+    """The leader's side, on its I/O loop: ranks that wait for the next group, and the members of this one.
+
+    ``on_lost`` is called when the connection of a member ends.
+    """
+
+    def __init__(self, num_peers: int, on_lost: Callable[[int], None]) -> None:
+        self._num = num_peers
+        self._on_lost = on_lost
+        self._waiting: dict[int, _Peer] = {}
+        self._members: dict[int, _Peer] = {}
+        self._changed = asyncio.Event()
+        self._server: asyncio.Server | None = None  # a reference: uvloop closes servers that nobody holds
+
+    async def listen(self, path: Path) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, path)
+
+    async def gather(self, num_blocks: int, check: Callable[[], None]) -> Meeting:
+        """Waits for a connection of every other rank, and makes them the members of a group.
+
+        Args:
+            num_blocks: of the leader itself; the group takes the least of any rank.
+            check: raises when the group is given up meanwhile.
+        """
+        await self._until(lambda: len(self._waiting) == self._num, check)
+        self._members, self._waiting = self._waiting, {}
+        meeting = Meeting(
+            secrets.randbits(63), min([num_blocks, *(member.num_blocks for member in self._members.values())])
+        )
+        self.send_all(Kind.ALLOCATE, _MEETING.pack(meeting.name, meeting.num_blocks))
+        return meeting
+
+    async def wait_until_ready(self, check: Callable[[], None]) -> None:
+        await self._until(lambda: all(member.is_ready for member in self._members.values()), check)
+
+    def send_all(self, kind: Kind, payload: bytes) -> None:
+        if self._members:
+            data = frame(kind, payload)
+            for member in self._members.values():
+                member.writer.write(data)
+
+    def release(self) -> None:
+        """The group is broken: its members are to come again."""
+        members, self._members = self._members, {}
+        for member in members.values():
+            member.writer.transport.abort()
+        self._changed.set()
+
+    async def _until(self, condition: Callable[[], bool], check: Callable[[], None]) -> None:
+        while True:
+            check()
+            if condition():
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peer = None
+        try:
+            kind, payload = await _read_frame(reader)
+            rank, num_blocks = _HELLO.unpack(payload)
+            if kind is not Kind.HELLO or not 1 <= rank <= self._num:
+                raise ValueError(f"{kind.name} of rank {rank}")
+            peer = _Peer(rank, num_blocks, writer)
+            self._admit(peer)
+            while (await _read_frame(reader))[0] is Kind.READY:
+                peer.is_ready = True
+                self._changed.set()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except (ValueError, struct.error) as error:
+            log.warning("a rank's connection makes no sense", error=str(error))
+        finally:
+            writer.transport.abort()
+            if peer is not None:
+                self._drop(peer)
+
+    def _admit(self, peer: _Peer) -> None:
+        former = self._waiting.pop(peer.rank, None)
+        if former is not None:
+            former.writer.transport.abort()
+        self._waiting[peer.rank] = peer
+        if peer.rank in self._members:  # it has left, and the end of its old connection is still under way
+            self._on_lost(peer.rank)
+        self._changed.set()
+
+    def _drop(self, peer: _Peer) -> None:
+        if self._waiting.get(peer.rank) is peer:
+            del self._waiting[peer.rank]
+        if self._members.get(peer.rank) is peer:
+            self._on_lost(peer.rank)
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> tuple[Kind, bytes]:
     kind, length = _HEADER.unpack(await reader.readexactly(_HEADER.size))
     return Kind(kind), await reader.readexactly(length)
 
 
 class RelayClient:
-    """The side of a rank that is not the leader: blocking, used by its I/O thread."""
+    """The side of another rank: blocking. `close` may be called by any thread and ends a `receive`."""
 
-    def __init__(self, path: Path, rank: int) -> None:
-        self._socket = connect_when_there(path)
+    def __init__(self, path: Path, rank: int, num_blocks: int, check: Callable[[], None]) -> None:
+        try:
+            self._socket = connect_when_there(path, _FIND_LEADER_WITHIN_S, check)
+        except TimeoutError as error:
+            raise NoLeaderError(str(error)) from error
         self._file = self._socket.makefile("rb", buffering=1 << 16)
-        self.send(Kind.HELLO, rank)
+        self._send(frame(Kind.HELLO, _HELLO.pack(rank, num_blocks)))
 
-    def send(self, kind: Kind, payload: bytes | int = b"") -> None:
-        self._socket.sendall(frame(kind, payload))
+    def receive_meeting(self) -> Meeting:
+        return Meeting(*_MEETING.unpack(self._receive(Kind.ALLOCATE)))
 
-    def receive(self) -> tuple[Kind, bytes] | None:
-        """The next frame; None when the leader is gone."""
-        header = self._file.read(_HEADER.size)
-        if len(header) < _HEADER.size:
-            return None
-        kind, length = _HEADER.unpack(header)
-        payload = self._file.read(length)
-        return (Kind(kind), payload) if len(payload) == length else None
+    def send_ready(self) -> None:
+        self._send(frame(Kind.READY))
+
+    def receive_plan(self) -> bytes:
+        return self._receive(Kind.PLAN)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads, which closing alone does not
+
+    def _send(self, data: bytes) -> None:
+        try:
+            self._socket.sendall(data)
+        except OSError as error:
+            raise GroupError(f"the leader is gone: {error}") from error
+
+    def _receive(self, wanted: Kind) -> bytes:
+        """The next frame's payload; GroupError when the leader is gone."""
+        try:
+            header = self._file.read(_HEADER.size)
+            kind, length = _HEADER.unpack(header) if len(header) == _HEADER.size else (wanted, 0)
+            payload = bytes(self._file.read(length))
+        except (OSError, ValueError) as error:
+            raise GroupError(f"the leader is gone: {error}") from error
+        if len(header) < _HEADER.size or len(payload) < length:
+            raise GroupError("the leader is gone")
+        if kind != wanted:
+            raise GroupError(f"a frame of kind {kind} where {wanted.name} was expected")
+        return payload
 
 
-def connect_when_there(path: Path) -> socket.socket:
-    """Connects to the leader's unix socket at ``path``, which may come later. GroupError when it does not in time."""
-    deadline = time.monotonic() + _JOIN_TIMEOUT_S
+def connect_when_there(path: Path, timeout_s: float, check: Callable[[], None]) -> socket.socket:
+    """Connects to the unix socket at ``path``, which may come later, or be a dead one's that is replaced.
+
+    Raises TimeoutError when it does not come in time, or what ``check`` raises meanwhile.
+    """
+    deadline = time.monotonic() + timeout_s
     while True:
+        check()
         client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        client.setblocking(False)  # where the other side does not accept, connecting would wait for ever
         try:
             client.connect(str(path))
         except OSError as error:
             client.close()
             if time.monotonic() > deadline:
-                raise GroupError(f"{path}: no leader within {_JOIN_TIMEOUT_S:.0f} s") from error
-            time.sleep(0.02)
+                raise TimeoutError(f"{path}: nobody there within {timeout_s:.0f} s") from error
+            time.sleep(_RETRY_S)
         else:
+            client.setblocking(True)
             return client

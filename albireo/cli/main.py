@@ -1,6 +1,7 @@
 """The ``albireo`` command: picks the subcommand, turns errors into one line and an exit status.
 
-Exit status: 0 done · 1 a request was refused or a service died · 2 wrong usage, configuration or model · 130 Ctrl-C.
+Exit status: 0 done · 1 a request was refused, or a service died again and again · 2 wrong usage, configuration or model
+· 130 Ctrl-C (the second one, for `serve`). What starts `albireo serve` again should do so for 1 only.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""``albireo serve``: starts all services on this machine, says when they are ready, stops them together."""
+"""``albireo serve``: starts all services on this machine, says when they are ready, heals them, stops them together."""
 
 import argparse
 import asyncio
 import contextlib
 import errno
+import math
 import os
 import shlex
 import socket
@@ -11,20 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from albireo.child import Child, python_module
 from albireo.cli import client, ready
 from albireo.cli.run_dir import RunDir, open_run_dir
 from albireo.config import flag, from_namespace, parser_for, to_argv
 from albireo.errors import ConfigError
 from albireo.model_spec import load_model_spec, resolve_model
-from albireo.supervise import Child, python_module, run_until_exit
+from albireo.supervise import supervise
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import plan_pb2
 
-# Longer than the services give their own processes.
-_GRACE_S = 10.0
+# Longer than the services give their own processes to end.
+_AFTER_DRAIN_S = 10.0
 
 _DESCRIPTION = """Serve a model on this machine: a worker group and the scheduler, on unix sockets, and a gRPC port
-for clients. Ctrl-C stops everything."""
+for clients. Ctrl-C stops everything; SIGUSR2 replaces the scheduler's processes without losing a request."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class ServeConfig:
     max_model_len: int = flag(0, "tokens of prompt and output together; 0: the model's")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: the worker's default")
     kv_cache_gib: float = flag(0.0, "KV cache of each rank; 0: chosen by the worker")
+    max_waiting: int = flag(4096, "sequences that may wait; more are refused with RESOURCE_EXHAUSTED")
+    max_streams: int = flag(
+        4096, "requests that one front end serves at once; more are refused with RESOURCE_EXHAUSTED"
+    )
+    recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
+    drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str | None = flag(None, "sockets and logs; else a temporary directory, kept when a service died")
     metrics_port: int = flag(
         0, "Prometheus: planner on this port P, worker leader on P+1, front ends from P+2 on; 0 is off"
@@ -72,12 +80,15 @@ def parse_config(argv: Sequence[str]) -> ServeConfig:
 
 def check_config(config: ServeConfig) -> ServeConfig:
     """Resolves model and port; raises ConfigError for what could not work, before anything is started."""
-    for name in ("tp", "frontends", "depth"):
+    for name in ("tp", "frontends", "depth", "max_waiting", "max_streams"):
         if getattr(config, name) < 1:
-            raise ConfigError(f"--{name} {getattr(config, name)}: at least 1 is needed")
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
     for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib"):
         if getattr(config, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    for name in ("recovery_timeout", "drain_timeout"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: a positive number is needed")
     if config.ready_file:
         _forget(Path(config.ready_file))
     path = resolve_model(config.model)
@@ -148,12 +159,14 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
         *flags("model", "served_model_name"),
         *("--group", group, "--planner", f"unix:{run_dir.path}/planner.sock"),
         *flags("host", "port", "frontends", "depth"),
+        *flags("max_waiting", "max_streams", "recovery_timeout", "drain_timeout"),
         *("--run-dir", str(run_dir.path)),
         *flags("log_level", "metrics_port"),
     ]
     return [
-        Child("worker", worker, run_dir.logs / "worker.log", env),
-        Child("scheduler", scheduler, run_dir.logs / "scheduler.log", env),
+        Child("worker", worker, run_dir.logs / "worker.log", env, supervises=True),
+        # Stopped before the worker, which it needs to finish what clients wait for.
+        Child("scheduler", scheduler, run_dir.logs / "scheduler.log", env, stage=1, supervises=True),
     ]
 
 
@@ -174,8 +187,9 @@ async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
             _write_whole(Path(config.ready_file), client_target(config) + "\n")
 
     run_dir.keep = True  # for the logs, until all is known to have gone well
-    status = await run_until_exit(child_processes(config, run_dir), beside=announce, grace_s=_GRACE_S)
-    run_dir.keep = status == 1 or config.run_dir is not None
+    grace_s = config.drain_timeout + _AFTER_DRAIN_S
+    status = await supervise(child_processes(config, run_dir), beside=announce, grace_s=grace_s)
+    run_dir.keep = status in (1, 2) or config.run_dir is not None
     return status
 
 

@@ -29,7 +29,7 @@ class Hello(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "output_token_ids")
+    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "is_resumed", "output_token_ids")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -39,6 +39,7 @@ class Submit(_message.Message):
     IGNORE_EOS_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
+    IS_RESUMED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
@@ -49,8 +50,9 @@ class Submit(_message.Message):
     ignore_eos: bool
     priority: int
     tenant: str
+    is_resumed: bool
     output_token_ids: bytes
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., output_token_ids: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., is_resumed: _Optional[bool] = ..., output_token_ids: _Optional[bytes] = ...) -> None: ...
 
 class Truncate(_message.Message):
     __slots__ = ("sequence_id", "num_kept")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from albireo.v1 import frontend_pb2, generation_pb2
 from scheduler_svc.frontend.text import StopMatcher, TextStream
 
+_BYTES_PER_TOKEN = 40  # an int and its place in a list
+
 
 @dataclass(frozen=True)
 class Finish:
@@ -55,6 +57,7 @@ class Completion:
     ) -> None:
         self.index = index
         self.finish: Finish | None = None
+        self.num_waiting_bytes = 0  # about what was received and not taken
         self._end_ids = end_ids
         self._wants_end_token = wants_end_token
         self._min_tokens = min_tokens
@@ -108,6 +111,7 @@ class Completion:
     def take(self) -> Delta:
         """All that is new since the last delta."""
         token_ids, self._token_ids = self._token_ids, []
+        self.num_waiting_bytes = 0
         if self._matcher is not None:
             text = "".join(self._pieces)
             self._pieces = []
@@ -124,6 +128,7 @@ class Completion:
         return delta
 
     def _add(self, token_ids: list[int]) -> int | None:
+        self.num_waiting_bytes += _BYTES_PER_TOKEN * len(token_ids)
         if self._matcher is None or self._text is None:
             self._num_tokens += len(token_ids)
             self._token_ids.extend(token_ids)
@@ -139,6 +144,7 @@ class Completion:
         """Passes text through the matcher; true when a stop string ends it."""
         assert self._matcher is not None
         if piece:
+            self.num_waiting_bytes += len(piece)
             self._pieces.append(self._matcher.push(piece, armed=self._num_tokens >= self._min_tokens))
         return self._matcher.matched is not None
 

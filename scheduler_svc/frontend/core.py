@@ -5,48 +5,72 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeAlias
 
-import grpc
 import structlog
+from grpc import aio
 
-from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.errors import AlbireoError, GroupUnavailable, Overloaded
 from albireo.v1 import plan_pb2
+from scheduler_svc.frontend.calls import Context, refuse
+from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slots import WriteSlots
-from scheduler_svc.frontend.stream import RequestStream
+from scheduler_svc.frontend.stream import Bounds, RequestStream
 from scheduler_svc.frontend.validation import Limits, RequestFields, check_text, validate
 
 log = structlog.get_logger()
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # a string: the class takes no parameters at run time
-
 # Tokenising this much takes well below a millisecond; more goes to a thread.
 _MAX_INLINE_CHARS = 2048
+_MAX_LOGGED_CHARS = 256
+_RETRY_AFTER_S = 1.0
 
 
 class Core:
     """One per front end."""
 
-    def __init__(self, model: ServedModel, link: PlannerLink, metrics: Metrics) -> None:
+    def __init__(self, config: FrontendConfig, model: ServedModel, link: PlannerLink, metrics: Metrics) -> None:
         self.model = model
         self.link = link
         self.metrics = metrics
         self.write_slots = WriteSlots()
         self.started_at = time.monotonic()
         self.last_received_at = 0.0  # of requests; seconds since the epoch
+        self.num_open = 0  # Generate calls
+        self._max_streams = config.max_streams
+        self._bounds = Bounds(config.max_backlog_kib << 10, config.write_timeout)
+        self._is_closing = False
+        self._left: asyncio.Future[None] | None = None  # a request has, since the last look
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
 
     @property
     def group(self) -> plan_pb2.GroupInfo:
-        """What the worker group is and can hold. Raises GroupUnavailable when there is none."""
+        """What the worker group is and can hold. Raises GroupUnavailable when requests cannot be taken."""
+        if self._is_closing:
+            raise GroupUnavailable("the server is shutting down")
         if self.link.group is None:
             raise GroupUnavailable("the model is loading")
-        if not self.link.is_up:
+        if not self.link.is_open:
             raise GroupUnavailable("there is no link to the planner")
         return self.link.group
+
+    def check_serving(self) -> None:
+        """Raises GroupUnavailable unless a request would run now. One that is taken may have to wait."""
+        _ = self.group
+        if not self.link.is_serving:
+            raise GroupUnavailable("requests wait: the planner is gone, or its group makes no progress")
+
+    async def idle(self) -> None:
+        """Waits until no request runs."""
+        while self.num_open:
+            self._left = asyncio.get_running_loop().create_future()
+            await self._left
+
+    def refuse_new(self) -> None:
+        """From now on no request is taken; what runs goes on."""
+        self._is_closing = True
 
     async def open(self, fields: RequestFields, in_full: bool = False) -> RequestStream:
         """Validates a request and prepares its stream; entering that submits it."""
@@ -59,7 +83,9 @@ class Core:
         assert not isinstance(prompt_ids, str)
         request = validate(fields, prompt_ids, limits, self.model.defaults)
         eos = frozenset(group.eos_token_ids)
-        return RequestStream(request, eos, self.link, self.model.detokenizer, self.metrics, arrived_at, in_full)
+        return RequestStream(
+            request, eos, self.link, self.model.detokenizer, self.metrics, self._bounds, arrived_at, in_full
+        )
 
     async def handle(
         self,
@@ -74,21 +100,27 @@ class Core:
         self.last_received_at = time.time()
         request_id = request_id or uuid.uuid4().hex
         outcome = "cancelled"
+        self.num_open += 1
         try:
+            if self.num_open > self._max_streams:
+                raise Overloaded(f"{self._max_streams} requests are open, which is all that are taken", _RETRY_AFTER_S)
             await generate(request_id)
             outcome = "finished"
         except AlbireoError as error:
             outcome = error.status.name.lower()
-            await context.abort(error.status, str(error))
+            await refuse(context, error)
+        except aio.InternalError:  # a write failed
+            raise asyncio.CancelledError from None  # the client went away
         except Exception:
-            if context.done():
-                return  # the client went away during a write
             outcome = "internal"
-            log.exception("a request met a bug", request_id=request_id)
-            await context.abort(grpc.StatusCode.INTERNAL, "internal error")
+            log.exception("a request met a bug", request_id=request_id[:_MAX_LOGGED_CHARS])
+            await refuse(context, AlbireoError("internal error"))
         finally:
+            self.num_open -= 1
+            if self._left is not None and not self._left.done():
+                self._left.set_result(None)
             self.metrics.count_request(outcome)
-            log.info("request", request_id=request_id, outcome=outcome)
+            log.info("request", request_id=request_id[:_MAX_LOGGED_CHARS], outcome=outcome)
 
     def close(self) -> None:
         self._tokenising.shutdown(wait=False, cancel_futures=True)
@@ -102,11 +134,3 @@ class Core:
             encodings = await asyncio.get_running_loop().run_in_executor(self._tokenising, encode, [text])
         ids: list[int] = encodings[0].ids
         return ids
-
-
-def tenant_of(context: Context) -> str | None:
-    """The tenant that trusted metadata names."""
-    for key, value in context.invocation_metadata() or ():
-        if key == "x-tenant":
-            return value if isinstance(value, str) else value.decode(errors="replace")
-    return None

@@ -1,8 +1,13 @@
-"""The front end's side of ``Planner.Attach``: one long-lived stream for all of its sequences."""
+"""The front end's side of ``Planner.Attach``: one long-lived stream for all of its sequences.
+
+The stream may be lost and the planner may die: the link attaches again, to whoever listens there then, and submits what
+still runs with the output that has come. The sequences go on where they were.
+"""
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import grpc
@@ -10,7 +15,7 @@ import numpy as np
 import structlog
 from grpc import aio
 
-from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
+from albireo.arrays import Int32Array, UInt64Array, pack_int32, unpack_int32, unpack_uint64
 from albireo.errors import AlbireoError, GroupUnavailable
 from albireo.rpc import make_channel
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, plan_pb2
@@ -19,8 +24,10 @@ log = structlog.get_logger()
 
 _Call: TypeAlias = "aio.StreamStreamCall[frontend_pb2.FrontendMessage, frontend_pb2.PlannerMessage]"
 
-_FIRST_BACKOFF_S = 0.1
-_MAX_BACKOFF_S = 2.0
+_FIRST_BACKOFF_S = 0.05
+_MAX_BACKOFF_S = 0.5
+_WELCOME_TIMEOUT_S = 5.0  # a planner that listens welcomes at once
+_MAX_RESUBMIT_BYTES = 16 << 20  # of one message
 
 
 class Receiver(Protocol):
@@ -36,78 +43,142 @@ class Receiver(Protocol):
         """The sequence is lost; nothing comes after it."""
 
 
+class _Sequence:
+    """A sequence that runs at the planner, with all it takes to go on at another one."""
+
+    __slots__ = ("output", "receiver", "submit")
+
+    def __init__(self, submit: frontend_pb2.Submit, receiver: Receiver) -> None:
+        self.submit = frontend_pb2.Submit()
+        self.submit.CopyFrom(submit)
+        self.receiver = receiver
+        self.output = array("i")
+
+    def resumed(self) -> frontend_pb2.Submit:
+        self.submit.is_resumed = True
+        self.submit.output_token_ids = pack_int32(np.frombuffer(self.output, dtype=np.int32)) if self.output else b""
+        return self.submit
+
+
 class PlannerLink:
     """Sequence ids are ours, from 1 up, and never used twice.
 
     What is sent gathers in a pending message and goes out with one write per wake-up. The planner reads a message's
     fields in their order: submits, truncates, cancels, aborts.
+
+    Attributes:
+        group: known once connected.
+        load: the planner's latest figures.
+        on_change: called when `is_serving` may have changed.
     """
 
-    def __init__(self, target: str, name: str) -> None:
-        self.group: plan_pb2.GroupInfo | None = None  # known once connected
+    def __init__(self, target: str, name: str, recovery_timeout_s: float = 30.0) -> None:
+        self.group: plan_pb2.GroupInfo | None = None
         self.load = frontend_pb2.Load()
+        self.on_change: Callable[[], None] = lambda: None
         self._target = target
         self._name = name
-        self._channel = make_channel(target)
+        self._recovery_timeout_s = recovery_timeout_s
+        self._channel = make_channel(target, to_peer=True)
         self._call: _Call | None = None
-        self._receivers: dict[int, Receiver] = {}
+        self._sequences: dict[int, _Sequence] = {}
         self._next_sequence_id = 1
         self._outbox: list[frontend_pb2.FrontendMessage] = []
         self._outbox_filled = asyncio.Event()
-        self._is_up = False
+        self._is_attached = False
+        self._is_open = False
 
     @property
-    def is_up(self) -> bool:
-        return self._is_up
+    def is_open(self) -> bool:
+        """Whether sequences may be submitted: attached, or not lost for long; then they wait here."""
+        return self._is_open
+
+    @property
+    def is_serving(self) -> bool:
+        """Attached to a planner whose group makes progress."""
+        return self._is_attached and self.load.is_serving
 
     async def connect(self, timeout_s: float) -> plan_pb2.GroupInfo:
         """Waits until planner and worker group are ready; they may start after us and load for a long time.
 
-        Raises GroupUnavailable when they are not within ``timeout_s``, or when the planner refuses.
+        Raises GroupUnavailable when they are not within ``timeout_s``, or when what answers is no planner.
         """
         log.info("waiting for the planner", planner=self._target)
-        backoff_s = _FIRST_BACKOFF_S
         try:
             async with asyncio.timeout(timeout_s):
-                while (group := await self._attach()) is None:
-                    await asyncio.sleep(backoff_s)
-                    backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                self.group = await self._attach()
         except TimeoutError:
             await self.close()
             raise GroupUnavailable(f"planner {self._target}: not ready within {timeout_s:g} s") from None
-        self.group = group
-        self._is_up = True
-        log.info("attached to the planner", planner=self._target, engine=group.engine, device=group.device)
-        return group
+        self._is_open = True
+        return self.group
 
     async def run(self) -> None:
-        """Reads and writes until the stream is lost; then fails all sequences and raises GroupUnavailable."""
+        """Keeps the link for ever. Raises GroupUnavailable when the planner serves something else than before."""
+        while True:
+            reason = await self._exchange()
+            log.warning("the link to the planner is lost", reason=reason, sequences=len(self._sequences))
+            self.on_change()
+            await self._recover(f"the link to the planner is lost ({reason})")
+
+    async def _exchange(self) -> str:
+        """Reads and writes until the stream is lost; returns why."""
         assert self._call is not None, "connect first"
         writer = asyncio.create_task(self._write_all(self._call))
         try:
             async for message in self._call:
                 self._dispatch(message)
-            reason = "the planner closed the stream"
+            return "the planner closed the stream"
         except aio.AioRpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
+            return f"{error.code().name}: {error.details()}"
         except ValueError as error:
-            reason = f"a message of the planner cannot be read: {error}"
+            return f"a message of the planner cannot be read: {error}"
         finally:
-            self._is_up = False
+            self._is_attached = False
             self._call.cancel()
             writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
-        lost = GroupUnavailable(f"the link to the planner is lost ({reason})")
-        self.fail_all(lost)
-        raise lost
+
+    async def _recover(self, reason: str) -> None:
+        """Attaches again and submits what runs; past the recovery timeout it fails that, and keeps trying."""
+
+        def give_up() -> None:
+            log.error("the planner did not come back in time", planner=self._target, sequences=len(self._sequences))
+            self._is_open = False
+            self.fail_all(GroupUnavailable(f"{reason} and was not back within {self._recovery_timeout_s:g} s"))
+            self._outbox.clear()
+
+        lost_at = time.monotonic()
+        deadline = asyncio.get_running_loop().call_later(self._recovery_timeout_s, give_up)
+        try:
+            group = await self._attach()
+        finally:
+            deadline.cancel()
+        if _model_of(group) != _model_of(self.group):
+            self._is_open = False
+            changed = GroupUnavailable("the planner serves another model than before")
+            self.fail_all(changed)
+            raise changed
+        self.group = group
+        self._resubmit()
+        self._is_open = True
+        log.info("went on", sequences=len(self._sequences), after_s=round(time.monotonic() - lost_at, 3))
+
+    def _resubmit(self) -> None:
+        """Puts what ran at the lost planner in front of what was never sent to it."""
+        unsent = {submit.sequence_id for message in self._outbox for submit in message.submits}
+        sent = [each.resumed() for sequence_id, each in self._sequences.items() if sequence_id not in unsent]
+        self._outbox = [*_in_messages(sent), *self._outbox]
+        if self._outbox:
+            self._outbox_filled.set()
 
     def submit(self, submit: frontend_pb2.Submit, receiver: Receiver) -> int:
         """Queues a sequence; gives it an id and returns that. Raises GroupUnavailable when there is no planner."""
-        if not self._is_up:
+        if not self._is_open:
             raise GroupUnavailable("there is no link to the planner")
         sequence_id = submit.sequence_id = self._next_sequence_id
         self._next_sequence_id += 1
-        self._receivers[sequence_id] = receiver
+        self._sequences[sequence_id] = _Sequence(submit, receiver)
         if self._outbox and self._outbox[-1].abort_labels:
             # In the same message the abort would come after this sequence and end it, too.
             self._outbox.append(frontend_pb2.FrontendMessage())
@@ -116,55 +187,70 @@ class PlannerLink:
 
     def truncate(self, sequence_id: int, num_kept: int) -> None:
         """Ends a sequence at a stop string; nothing more comes for it."""
-        if self._receivers.pop(sequence_id, None) is not None:
+        if self._sequences.pop(sequence_id, None) is not None:
             self._pending().truncates.add(sequence_id=sequence_id, num_kept=num_kept)
 
     def cancel(self, sequence_id: int) -> None:
         """Ends a sequence whose client is gone; nothing more comes for it."""
-        if self._receivers.pop(sequence_id, None) is not None:
+        if self._sequences.pop(sequence_id, None) is not None:
             self._pending().cancels.append(sequence_id)
 
     def abort_labels(self, labels: Sequence[str]) -> None:
         """Asks the planner to end every sequence with one of these request ids, whichever front end it came by."""
-        if self._is_up and labels:
+        if self._is_open and labels:
             self._pending().abort_labels.extend(labels)
 
     def fail_all(self, error: AlbireoError) -> None:
         """Fails every sequence."""
-        receivers, self._receivers = self._receivers, {}
-        for sequence_id, receiver in receivers.items():
-            if self._is_up:
+        sequences, self._sequences = self._sequences, {}
+        for sequence_id, sequence in sequences.items():
+            if self._is_attached:
                 self._pending().cancels.append(sequence_id)
-            receiver.fail(error)
+            sequence.receiver.fail(error)
 
     async def close(self) -> None:
+        self._is_open = False
         if self._call is not None:
             self._call.cancel()
         await self._channel.close(None)
 
-    async def _attach(self) -> plan_pb2.GroupInfo | None:
-        """One try. None when the planner is not there, or went away before it was ready."""
+    async def _attach(self) -> plan_pb2.GroupInfo:
+        """Tries until there is a planner. Raises GroupUnavailable when what answers is none."""
+        backoff_s = _FIRST_BACKOFF_S
+        while (message := await self._try_to_attach()) is None:
+            await asyncio.sleep(backoff_s)
+            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+        group = message.welcome.group
+        self.load = message.load
+        self._is_attached = True
+        self.on_change()
+        log.info("attached to the planner", planner=self._target, engine=group.engine, device=group.device)
+        return group
+
+    async def _try_to_attach(self) -> frontend_pb2.PlannerMessage | None:
+        """The planner's first message; None when it is not there, or went away before it was ready."""
         stub = frontend_pb2_grpc.PlannerStub(self._channel)
         call: _Call = stub.Attach(wait_for_ready=True)  # type: ignore[call-arg]  # stubs know only iterators
+        welcomed = False
         try:
-            await call.write(frontend_pb2.FrontendMessage(hello=frontend_pb2.Hello(name=self._name)))
-            message = await anext(aiter(call))
-        except StopAsyncIteration:
-            call.cancel()
+            async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                await call.write(frontend_pb2.FrontendMessage(hello=frontend_pb2.Hello(name=self._name)))
+                message = await anext(aiter(call))
+            welcomed = message.HasField("welcome")
+        except (StopAsyncIteration, TimeoutError, asyncio.InvalidStateError):
             return None
         except aio.AioRpcError as error:
-            if error.code() == grpc.StatusCode.UNAVAILABLE:
-                log.info("the planner is not ready", planner=self._target, reason=error.details())
-                return None
-            raise GroupUnavailable(f"planner {self._target}: {error.code().name}: {error.details()}") from error
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
-        if not message.HasField("welcome"):
-            call.cancel()
+            if error.code() is grpc.StatusCode.UNIMPLEMENTED:
+                raise GroupUnavailable(f"planner {self._target}: {error.code().name}: {error.details()}") from error
+            log.info("the planner is not ready", planner=self._target, reason=error.details())
+            return None
+        finally:
+            if not welcomed:
+                call.cancel()
+        if not welcomed:
             raise GroupUnavailable(f"planner {self._target}: its first message is no Welcome")
         self._call = call
-        return message.welcome.group
+        return message
 
     def _pending(self) -> frontend_pb2.FrontendMessage:
         """The message that is written next; whoever asks for it adds to it."""
@@ -177,10 +263,9 @@ class PlannerLink:
         while True:
             await self._outbox_filled.wait()
             self._outbox_filled.clear()
-            messages, self._outbox = self._outbox, []
-            for message in messages:
+            while self._outbox:  # what is not written when the stream is lost stays for the next one
                 try:
-                    await call.write(message)
+                    await call.write(self._outbox.pop(0))
                 except (aio.AioRpcError, asyncio.InvalidStateError):
                     return  # the reader sees why
 
@@ -190,28 +275,50 @@ class PlannerLink:
             sequence_ids = unpack_uint64(message.token_sequence_ids)
             token_ids = unpack_int32(message.token_ids)
             for sequence_id, tokens in group_tokens(sequence_ids, token_ids):
-                receiver = self._receivers.get(sequence_id)  # none: cancelled, or ended by a stop string
-                if receiver is not None:
+                sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
+                if sequence is not None:
+                    sequence.output.extend(tokens)
                     try:
-                        receiver.receive(tokens, now)
+                        sequence.receiver.receive(tokens, now)
                     except Exception:
                         log.exception("tokens could not be taken", sequence_id=sequence_id)
-                        self._drop(sequence_id, receiver)
+                        self._drop(sequence_id, sequence.receiver)
         for ended in message.ended:
-            receiver = self._receivers.pop(ended.sequence_id, None)
-            if receiver is not None:
+            sequence = self._sequences.pop(ended.sequence_id, None)
+            if sequence is not None:
                 try:
-                    receiver.end(ended)
+                    sequence.receiver.end(ended)
                 except Exception:
                     log.exception("an end could not be taken", sequence_id=ended.sequence_id)
-                    self._drop(ended.sequence_id, receiver)
+                    self._drop(ended.sequence_id, sequence.receiver)
         if message.HasField("load"):
-            self.load = message.load
+            was_serving, self.load = self.load.is_serving, message.load
+            if was_serving is not self.load.is_serving:
+                self.on_change()
 
     def _drop(self, sequence_id: int, receiver: Receiver) -> None:
         """A bug met one sequence: it fails, the others go on."""
         self.cancel(sequence_id)
         receiver.fail(AlbireoError("internal error"))
+
+
+def _model_of(group: plan_pb2.GroupInfo | None) -> tuple[object, ...]:
+    """What must not change while sequences live."""
+    assert group is not None
+    return group.vocab_size, group.max_model_len, tuple(group.eos_token_ids)
+
+
+def _in_messages(submits: Iterable[frontend_pb2.Submit]) -> list[frontend_pb2.FrontendMessage]:
+    """Packs submits into messages of a bounded size."""
+    messages: list[frontend_pb2.FrontendMessage] = []
+    num_bytes = _MAX_RESUBMIT_BYTES
+    for submit in submits:
+        if num_bytes >= _MAX_RESUBMIT_BYTES:
+            messages.append(frontend_pb2.FrontendMessage())
+            num_bytes = 0
+        messages[-1].submits.append(submit)
+        num_bytes += submit.ByteSize()
+    return messages
 
 
 def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> Iterator[tuple[int, list[int]]]:

@@ -7,43 +7,57 @@ import structlog
 import uvloop
 
 from albireo.config import parse
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, ConfigError
 from albireo.logging import set_up_logging
+from albireo.watchdog import Watchdog
 from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.model import load_served_model
 from scheduler_svc.frontend.server import FrontendServer
 
 log = structlog.get_logger()
 
-_DRAIN_S = 5.0  # for running streams, on SIGTERM
-_FAIL_S = 1.0  # for the last answers, when the planner is lost
+_FAIL_S = 1.0  # for the last answers, when the front end cannot go on
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs until SIGTERM or SIGINT (0), or until it cannot serve any more (1)."""
+    """Runs until SIGTERM or SIGINT.
+
+    Exit status: 0 asked to stop, 1 failed while running, 2 the configuration does not work.
+    """
+    watchdog = Watchdog()
     config = parse(FrontendConfig, "python -m scheduler_svc frontend", "Serves clients of one planner.", argv)
     set_up_logging(config.name, config.log_level)
     try:
-        return uvloop.run(_serve(config))
+        return uvloop.run(_run(config, watchdog))
     except AlbireoError as error:
         log.error("cannot start", reason=str(error))
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
 
 
-async def _serve(config: FrontendConfig) -> int:
+async def _run(config: FrontendConfig, watchdog: Watchdog) -> int:
+    beating = asyncio.create_task(watchdog.keep_beating())
+    try:
+        return await _serve(config, watchdog)
+    finally:
+        beating.cancel()
+
+
+async def _serve(config: FrontendConfig, watchdog: Watchdog) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    server = FrontendServer(config, load_served_model(config))
+    model = await asyncio.to_thread(load_served_model, config)
+    server = FrontendServer(config, model, on_serving=watchdog.ready)
     await server.start()
     running = asyncio.create_task(server.run())
     stopping = asyncio.create_task(stop.wait())
     await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if stopping.done():
-        log.info("stopping", drain_s=_DRAIN_S)
-        await server.stop(_DRAIN_S)
+        log.info("stopping", drain_timeout_s=config.drain_timeout)
+        await server.stop(config.drain_timeout)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
+        log.info("stopped")
         return 0
     stopping.cancel()
     error = running.exception()

@@ -4,13 +4,24 @@ Token counts and latencies are taken once per sequence and message from the plan
 are plain Python numbers, read when Prometheus asks; a histogram of prometheus_client costs ten times as much.
 """
 
+import asyncio
+import contextlib
+import errno
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector
+import structlog
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from albireo.errors import ConfigError
+
+log = structlog.get_logger()
+
+_PORT_RETRY_S = 0.5
 _TTFT_BOUNDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 _ITL_BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -75,3 +86,44 @@ class Metrics(Collector):
         yield self.inter_token_latency.family(
             "albireo_frontend_inter_token_latency_seconds", "Between arrivals of tokens of one sequence"
         )
+
+
+class MetricsPage:
+    """``GET /metrics`` on a port; 0: none. While a predecessor still has the port, it is tried again and again."""
+
+    def __init__(self, host: str, port: int, metrics: Metrics) -> None:
+        self._host = host
+        self._port = port
+        self._metrics = metrics
+        self._server: tuple[WSGIServer, Thread] | None = None
+        self._retrying: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        """Raises ConfigError where the port cannot be listened on for another reason."""
+        if self._port and not self._try_to_open():
+            log.warning("the metrics port is in use; waiting for it", port=self._port)
+            self._retrying = asyncio.create_task(self._keep_trying())
+
+    async def close(self) -> None:
+        if self._retrying is not None:
+            self._retrying.cancel()
+            await asyncio.gather(self._retrying, return_exceptions=True)
+        if self._server is not None:
+            server, thread = self._server
+            await asyncio.to_thread(server.shutdown)  # returns when its loop has seen it
+            server.server_close()
+            thread.join()
+
+    async def _keep_trying(self) -> None:
+        with contextlib.suppress(ConfigError):
+            while not self._try_to_open():  # noqa: ASYNC110  # the port is another process's
+                await asyncio.sleep(_PORT_RETRY_S)
+
+    def _try_to_open(self) -> bool:
+        try:
+            self._server = start_http_server(self._port, addr=self._host, registry=self._metrics.registry)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                return False
+            raise ConfigError(f"--metrics-port {self._port}: {error.strerror}") from error
+        return True

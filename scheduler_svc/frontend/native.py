@@ -2,10 +2,11 @@
 
 from albireo.errors import AlbireoError
 from albireo.v1 import generation_pb2, generation_pb2_grpc
+from scheduler_svc.frontend.calls import Context, refuse, tenant_of
 from scheduler_svc.frontend.completion import Delta, Finish
-from scheduler_svc.frontend.core import Context, Core, tenant_of
+from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.stream import RequestStream
-from scheduler_svc.frontend.validation import RequestFields, SamplingFields
+from scheduler_svc.frontend.validation import RequestFields, SamplingFields, check_labels
 
 SERVICE_NAME = generation_pb2.DESCRIPTOR.services_by_name["Generation"].full_name
 
@@ -23,12 +24,15 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
                     await stream.wait()
                     async with self._core.write_slots.slot():
                         if delta := stream.take():
-                            await context.write(_response(delta, stream))
+                            await stream.write(context, _response(delta, stream))
 
         await self._core.handle(context, request.request_id, generate)
 
     async def Abort(self, request: generation_pb2.AbortRequest, context: Context) -> generation_pb2.AbortResponse:
-        self._core.link.abort_labels([label for label in request.request_ids if label])
+        try:
+            self._core.link.abort_labels(check_labels(request.request_ids))
+        except AlbireoError as error:
+            await refuse(context, error)
         return generation_pb2.AbortResponse()
 
     async def GetModelInfo(
@@ -37,7 +41,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         try:
             return _model_info(self._core)
         except AlbireoError as error:
-            await context.abort(error.status, str(error))
+            await refuse(context, error)
             raise
 
 

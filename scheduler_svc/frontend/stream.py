@@ -2,13 +2,16 @@
 
 import asyncio
 from collections import deque
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import grpc
 
 from albireo.arrays import pack_int32
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, Overloaded
 from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.frontend.calls import Context
 from scheduler_svc.frontend.completion import Completion, Delta
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
@@ -24,13 +27,22 @@ class RequestRefused(AlbireoError):
     def __init__(self, refusal: frontend_pb2.Refusal) -> None:
         super().__init__(refusal.message)
         self.status = _STATUS_OF_CODE.get(refusal.code, grpc.StatusCode.INTERNAL)
+        self.retry_after_s = refusal.retry_after_s
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What one client may hold up. Past either bound its request fails and the others go on."""
+
+    backlog_bytes: int  # received from the planner and not taken; of an answer in full, that is all of it
+    write_timeout_s: float  # for a write to leave
 
 
 class RequestStream:
     """The sequences of one request. A context manager: on exit, what still runs is cancelled at the planner.
 
-    Use: until `is_done`, `wait` and then `take`. With ``in_full``, nothing is ready before all completions are over.
-    ``arrived_at`` is the request's arrival by the monotonic clock.
+    Use: until `is_done`, `wait`, then `take`, then `write`. With ``in_full``, nothing is ready before all completions
+    are over. ``arrived_at`` is the request's arrival by the monotonic clock.
     """
 
     def __init__(
@@ -40,17 +52,22 @@ class RequestStream:
         link: PlannerLink,
         detokenizer: Detokenizer,
         metrics: Metrics,
+        bounds: Bounds,
         arrived_at: float,
         in_full: bool = False,
     ) -> None:
         self.request = request
         self._link = link
         self._metrics = metrics
+        self._bounds = bounds
         self._in_full = in_full
         self._arrived_at = arrived_at
         self._ready: deque[_Sequence] = deque()
         self._waiter: asyncio.Future[None] | None = None
         self._error: AlbireoError | None = None
+        self._writing: asyncio.Timeout | None = None
+        self._has_written = False
+        self._num_waiting_bytes = 0
         self._num_unfinished = request.n  # completions whose last delta was not taken
         self._num_running = request.n
         end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
@@ -91,10 +108,42 @@ class RequestStream:
         """Everything new of the completion that has waited longest; call after `wait`."""
         sequence = self._ready.popleft()
         sequence.is_ready = False
+        self._num_waiting_bytes -= sequence.completion.num_waiting_bytes
         delta = sequence.completion.take()
         if delta.finish is not None:
             self._num_unfinished -= 1
         return delta
+
+    async def write(self, context: Context, message: Any) -> None:
+        """Writes to the client. Raises what the request failed with, also meanwhile, and Overloaded when the client
+        does not read.
+
+        A write is pending while the client's flow-control window is full. It can be left, but not taken back.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            async with asyncio.timeout(self._bounds.write_timeout_s) as self._writing:
+                if not self._has_written:
+                    # Apart, because a status cannot follow headers that are part of a pending write.
+                    await context.send_initial_metadata(())
+                    self._has_written = True
+                await context.write(message)
+        except TimeoutError:
+            waited = f"a write has been pending for {self._bounds.write_timeout_s:g} s"
+            raise self._error or Overloaded(f"the client reads too slowly: {waited}") from None
+        finally:
+            self._writing = None
+
+    def received(self, num_bytes: int) -> None:
+        """More waits to be taken."""
+        self._num_waiting_bytes += num_bytes
+        if self._num_waiting_bytes > self._bounds.backlog_bytes and self._error is None:
+            most = f"{self._bounds.backlog_bytes >> 10} KiB"
+            if self._in_full:
+                self.fail(Overloaded(f"the answer in full takes more than {most}: stream it"))
+            else:
+                self.fail(Overloaded(f"the client reads too slowly: more than {most} wait for it"))
 
     def first_token_came(self, now: float) -> None:
         self._metrics.time_to_first_token.observe(now - self._arrived_at)
@@ -115,6 +164,8 @@ class RequestStream:
 
     def fail(self, error: AlbireoError) -> None:
         self._error = self._error or error
+        if self._writing is not None and not self._writing.expired():
+            self._writing.reschedule(asyncio.get_running_loop().time())
         self._wake()
 
     def _wake(self) -> None:
@@ -143,17 +194,21 @@ class _Sequence:
         else:
             stream.first_token_came(now)
         self._last = now
+        num_waiting_bytes = self.completion.num_waiting_bytes
         num_kept = self.completion.receive(token_ids)
         if num_kept is not None:
             stream._link.truncate(self.sequence_id, num_kept)
         stream.changed(self)
+        stream.received(self.completion.num_waiting_bytes - num_waiting_bytes)
 
     def end(self, ended: frontend_pb2.Ended) -> None:
         if ended.HasField("refusal"):
             self._stream.fail(RequestRefused(ended.refusal))
             return
+        num_waiting_bytes = self.completion.num_waiting_bytes
         self.completion.end(ended)
         self._stream.changed(self)
+        self._stream.received(self.completion.num_waiting_bytes - num_waiting_bytes)
 
     def fail(self, error: AlbireoError) -> None:
         self._stream.fail(error)

@@ -27,11 +27,14 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 256
+MAX_LABELS = 10_000  # of one Abort
 # Longer text cannot fit, whatever it says; it is refused before a tokeniser spends seconds on it.
 MAX_CHARS_PER_CONTEXT_TOKEN = 64
 DEFAULT_TENANT = "default"
 
 _GREEDY_BELOW = 1e-5
+# They would break a log's lines, or hide what it says.
+_CONTROL_CHARS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _TENANT = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
 _UINT64 = (1 << 64) - 1
 
@@ -160,6 +163,16 @@ def validate(
     )
 
 
+def check_labels(labels: Sequence[str]) -> list[str]:
+    """Of an Abort; empty ones stand for nothing."""
+    if len(labels) > MAX_LABELS:
+        raise InvalidRequest(f"request_ids has {len(labels)} labels; {MAX_LABELS} at most")
+    for i, label in enumerate(labels):
+        if len(label) > MAX_REQUEST_ID_CHARS:
+            raise InvalidRequest(f"request_ids[{i}] has {len(label)} characters; {MAX_REQUEST_ID_CHARS} at most")
+    return [label for label in labels if label]
+
+
 def check_defaults(defaults: SamplingDefaults) -> None:
     """Raises InvalidRequest where a default would be refused from a client."""
     _temperature(defaults.temperature, defaults)
@@ -242,6 +255,8 @@ def _in_range(name: str, value: int, low: int, high: int) -> None:
 def _request_id(request_id: str) -> str:
     if len(request_id) > MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"request_id has {len(request_id)} characters; {MAX_REQUEST_ID_CHARS} at most")
+    if control := _CONTROL_CHARS.search(request_id):
+        raise InvalidRequest(f"request_id[{control.start()}] is {control[0]!r}; it must not have control characters")
     return request_id
 
 

@@ -8,13 +8,13 @@ import json
 import time
 from typing import Any
 
-import grpc
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
 
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, NotServed
 from scheduler_svc.frontend import vllm_fields
-from scheduler_svc.frontend.core import Context, Core, tenant_of
-from scheduler_svc.frontend.validation import RequestFields
+from scheduler_svc.frontend.calls import Context, refuse, tenant_of
+from scheduler_svc.frontend.core import Core
+from scheduler_svc.frontend.validation import RequestFields, check_labels
 
 SERVICE_NAME = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
@@ -53,12 +53,11 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
                     delta = stream.take()
                     if delta.token_ids:
                         num_sent[delta.index] = num_sent.get(delta.index, 0) + len(delta.token_ids)
-                        await context.write(vllm_fields.chunk(delta, num_prompt_tokens))
+                        await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
                     if delta.finish is not None:
                         num_tokens = num_sent.get(delta.index, 0)
-                        await context.write(
-                            vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, num_tokens, [])
-                        )
+                        end = vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, num_tokens, [])
+                        await stream.write(context, end)
 
     async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
         with await self._core.open(fields, in_full=True) as stream:
@@ -69,31 +68,34 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
                     delta = stream.take()
                     assert delta.finish is not None, "in full"
                     ids = delta.token_ids
-                    await context.write(
-                        vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, len(ids), ids)
-                    )
+                    end = vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, len(ids), ids)
+                    await stream.write(context, end)
 
     async def Abort(self, request: Any, context: Context) -> Any:
-        self._core.link.abort_labels([label for label in request.request_ids if label])
+        try:
+            self._core.link.abort_labels(check_labels(request.request_ids))
+        except AlbireoError as error:
+            await refuse(context, error)
         return vllm_engine_pb2.AbortResponse()
 
     async def HealthCheck(self, request: Any, context: Context) -> Any:
         try:
-            return vllm_engine_pb2.HealthCheckResponse(healthy=True, message=f"serving {self._core.group.engine}")
+            self._core.check_serving()
         except AlbireoError as error:
             return vllm_engine_pb2.HealthCheckResponse(healthy=False, message=str(error))
+        return vllm_engine_pb2.HealthCheckResponse(healthy=True, message=f"serving {self._core.group.engine}")
 
     async def GetModelInfo(self, request: Any, context: Context) -> Any:
         try:
             return _model_info(self._core)
         except AlbireoError as error:
-            await context.abort(error.status, str(error))
+            await refuse(context, error)
 
     async def GetServerInfo(self, request: Any, context: Context) -> Any:
         try:
             return _server_info(self._core)
         except AlbireoError as error:
-            await context.abort(error.status, str(error))
+            await refuse(context, error)
 
     async def Embed(self, request: Any, context: Context) -> None:
         await _refuse("Embed", context)
@@ -118,7 +120,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
 
 
 async def _refuse(rpc: str, context: Context) -> None:
-    await context.abort(grpc.StatusCode.UNIMPLEMENTED, f"{rpc}: {_NOT_SERVED[rpc]}")
+    await refuse(context, NotServed(f"{rpc}: {_NOT_SERVED[rpc]}"))
 
 
 def _model_info(core: Core) -> Any:

@@ -20,6 +20,7 @@ _UNSERVED_SAMPLING: dict[str, Callable[[Any], bool]] = {
     "prompt_logprobs": lambda params: params.HasField("prompt_logprobs"),
     "logit_bias": lambda params: len(params.logit_bias) > 0,
     "truncate_prompt_tokens": lambda params: params.HasField("truncate_prompt_tokens"),
+    "grammar_from_first_token": lambda params: params.grammar_from_first_token,
 }
 _UNSERVED: dict[str, Callable[[Any], bool]] = {
     "kv_transfer_params": lambda request: request.HasField("kv_transfer_params"),
@@ -40,7 +41,8 @@ def request_fields(request: Any, request_id: str, tenant: str | None) -> Request
     """Of a GenerateRequest. Raises NotServed for a parameter that is not served, InvalidRequest for a wrong one.
 
     Scalars without presence: 0 is 1 for top_p and n, and all for top_k. What only shapes text
-    (spaces_between_special_tokens) changes nothing: answers carry token ids.
+    (spaces_between_special_tokens) or repeats the prompt as text (tokenized.original_text) changes nothing: answers
+    carry token ids.
     """
     _check_served(request)
     which = request.WhichOneof("input")

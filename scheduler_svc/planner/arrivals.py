@@ -1,37 +1,60 @@
 """Front ends' messages change the planner's state. Bounds are checked again: no front end can bypass them."""
 
+from dataclasses import dataclass
+
 import grpc
 import numpy as np
 
 from albireo.arrays import Int32Array, pack_int32, unpack_int32
 from albireo.v1 import frontend_pb2, plan_pb2
-from scheduler_svc.planner.sequence import Place, Sequence
+from scheduler_svc.planner.commit import Ended
+from scheduler_svc.planner.sequence import EndReason, Place, Sequence
 from scheduler_svc.planner.state import Limits, PlannerState, end, submit
 
 
 class Refused(Exception):
-    """A front end submitted what the group cannot run."""
+    """A front end submitted what the group cannot run, or cannot run now."""
+
+    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """What a front end's message brought. Sequences that are resumed may be over with what they have.
+
+    Attributes:
+        refused: (sequence id, why).
+        ended: resumed with their last token; they never enter the state.
+    """
+
+    refused: list[tuple[int, Refused]]
+    ended: list[Ended]
 
 
 def apply_message(
     state: PlannerState, frontend: int, message: frontend_pb2.FrontendMessage, arrival: int, now_ns: int
-) -> list[frontend_pb2.Ended]:
-    """Applies one message of a front end; returns what is refused. ``arrival`` numbers the message's first sequence."""
-    refused = []
+) -> Arrived:
+    """Applies one message of a front end. ``arrival`` numbers the message's first sequence."""
+    arrived = Arrived([], [])
     for offset, request in enumerate(message.submits):
         try:
             sequence = _sequence(state, frontend, request, arrival + offset)
-        except Refused as error:
-            refusal = frontend_pb2.Refusal(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=str(error))
-            refused.append(frontend_pb2.Ended(sequence_id=request.sequence_id, refusal=refusal))
+        except Refused as refused:
+            arrived.refused.append((request.sequence_id, refused))
             continue
         sequence.submitted_ns = now_ns
-        submit(state, sequence)
+        ended = _already_over(state, sequence)
+        if ended is None:
+            submit(state, sequence)
+        else:
+            arrived.ended.append(ended)
     for truncate in message.truncates:
         _end_if_known(state, frontend, truncate.sequence_id)
     for sequence_id in message.cancels:
         _end_if_known(state, frontend, sequence_id)
-    return refused
+    return arrived
 
 
 def abort_labelled(state: PlannerState, labels: set[str]) -> list[Sequence]:
@@ -59,30 +82,48 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
     limits = state.limits
     if (frontend, request.sequence_id) in state.sequences:
         raise Refused(f"sequence_id {request.sequence_id} is running already")
+    if state.num_waiting >= limits.max_waiting and not request.is_resumed:
+        raise Refused(f"{limits.max_waiting} sequences wait already", grpc.StatusCode.RESOURCE_EXHAUSTED)
     try:
         prompt = unpack_int32(request.token_ids)
         stop_token_ids = unpack_int32(request.stop_token_ids)
+        output = unpack_int32(request.output_token_ids)
     except ValueError as error:
         raise Refused(f"token ids are not packed int32: {error}") from error
     if not 1 <= len(prompt) < limits.max_model_len:
         raise Refused(f"prompt of {len(prompt)} tokens; 1 to {limits.max_model_len - 1} fit the context")
-    for name, ids in (("token_ids", prompt), ("stop_token_ids", stop_token_ids)):
+    for name, ids in (("token_ids", prompt), ("stop_token_ids", stop_token_ids), ("output_token_ids", output)):
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limits.vocab_size:
             raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
     if request.max_tokens < 1:
         raise Refused("max_tokens 0; at least 1")
+    max_total_tokens = min(len(prompt) + request.max_tokens, limits.max_model_len)
+    if len(prompt) + len(output) > max_total_tokens:
+        raise Refused(f"{len(output)} output tokens, where {max_total_tokens - len(prompt)} is the limit")
     return Sequence(
         frontend=frontend,
         sequence_id=request.sequence_id,
         request_id=request.request_id,
-        token_ids=prompt,
+        token_ids=np.concatenate([prompt, output]),
         num_prompt_tokens=len(prompt),
-        max_total_tokens=min(len(prompt) + request.max_tokens, limits.max_model_len),
+        max_total_tokens=max_total_tokens,
         sampling=_sampling(request, stop_token_ids, limits),
         place=Place(-request.priority, arrival),
         stop_token_ids=frozenset(stop_token_ids.tolist()),
         ignore_eos=request.ignore_eos,
     )
+
+
+def _already_over(state: PlannerState, sequence: Sequence) -> Ended | None:
+    """How a resumed sequence has ended, when its planner was lost between its last token and saying so."""
+    if len(sequence.token_ids) == sequence.num_prompt_tokens:
+        return None
+    token = int(sequence.token_ids[-1])
+    if sequence.stops_at(token, bool(state.is_eos[token]), len(sequence.token_ids)):
+        return Ended(sequence, EndReason.STOP, token)
+    if len(sequence.token_ids) >= sequence.max_total_tokens:
+        return Ended(sequence, EndReason.LENGTH)
+    return None
 
 
 def _sampling(request: frontend_pb2.Submit, stop_token_ids: Int32Array, limits: Limits) -> plan_pb2.Sampling:

@@ -96,8 +96,7 @@ def _commit_draining(
         frontends.append(sequence.frontend)
         sequence_ids.append(sequence.sequence_id)
         tokens.append(token)
-        is_eos = bool(state.is_eos[token]) and not sequence.ignore_eos
-        stops = (is_eos or token in sequence.stop_token_ids) and num_tokens > sequence.min_total_tokens
+        stops = sequence.stops_at(token, bool(state.is_eos[token]), num_tokens)
         if stops or num_tokens >= sequence.max_total_tokens:
             _end(state, sequence, token, stops, committed)
     return Committed(

@@ -1,6 +1,7 @@
 """The planner's process."""
 
 import asyncio
+import functools
 import signal
 
 import structlog
@@ -8,27 +9,32 @@ import uvloop
 
 from albireo import rpc
 from albireo.config import parse
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, ConfigError
 from albireo.logging import set_up_logging
 from albireo.metrics import serve_metrics
 from albireo.v1 import frontend_pb2_grpc, plan_pb2
+from albireo.watchdog import Watchdog
 from scheduler_svc.planner.config import PlannerConfig
+from scheduler_svc.planner.frontends import SERVICE_NAME
 from scheduler_svc.planner.group import GroupLink
-from scheduler_svc.planner.service import SERVICE_NAME, PlannerService
-from scheduler_svc.planner.state import Limits, PlannerState
+from scheduler_svc.planner.service import Planner
+from scheduler_svc.planner.state import Limits
 
 log = structlog.get_logger()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the planner until SIGTERM (status 0) or until its group is lost (status 1)."""
+    """Runs the planner until SIGTERM; its front ends keep what runs and go on with its successor.
+
+    Exit status: 0 asked to stop, 1 failed while running, 2 the configuration does not work.
+    """
     config = parse(PlannerConfig, "python -m scheduler_svc planner", "Schedules sequences on one worker group.", argv)
     set_up_logging("planner", config.log_level)
     try:
         uvloop.run(_run(config))
     except AlbireoError as error:
         log.error("planner ends", error=str(error), kind=type(error).__name__)
-        return 1
+        return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
@@ -48,21 +54,23 @@ async def _run(config: PlannerConfig) -> None:
 
 
 async def _serve(config: PlannerConfig) -> None:
+    watchdog = Watchdog()
+    beating = asyncio.create_task(watchdog.keep_beating())
     group = GroupLink(config.group)
-    server = rpc.make_server()
+    server = rpc.make_server(for_peers=True)
     try:
         status = await group.wait_until_ready()
-        state = PlannerState.make(_limits(config, status.info), epoch=status.epoch + 1)
-        service = PlannerService(state, group, status.info)
-        frontend_pb2_grpc.add_PlannerServicer_to_server(service, server)  # type: ignore[arg-type]  # async by duck type
+        planner = Planner(group, status, functools.partial(_limits, config), config.recovery_timeout)
+        frontend_pb2_grpc.add_PlannerServicer_to_server(planner.frontends, server)  # type: ignore[arg-type]  # async
         health = await rpc.add_health(server, [SERVICE_NAME])
         server.add_insecure_port(config.planner)
         serve_metrics(config.metrics_port)
         await server.start()
-        await health.set_serving(True)
         log.info("planner is ready", group=config.group, listen=config.planner, depth=config.depth)
-        await service.run()
+        watchdog.ready()
+        await planner.run(health)
     finally:
+        beating.cancel()
         await server.stop(grace=0.2)
         await group.close()
 
@@ -79,4 +87,5 @@ def _limits(config: PlannerConfig, info: plan_pb2.GroupInfo) -> Limits:
         vocab_size=info.vocab_size,
         eos_token_ids=tuple(info.eos_token_ids),
         depth=config.depth,
+        max_waiting=config.max_waiting,
     )

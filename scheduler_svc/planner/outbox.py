@@ -7,9 +7,6 @@ import numpy as np
 from albireo.arrays import Int32Array, Int64Array, pack_int32, pack_uint64
 from albireo.v1 import frontend_pb2
 
-# A front end this far behind is dead: 256 streams of a 5 ms step for a minute.
-MAX_BACKLOG_TOKENS = 3_000_000
-
 
 class Outbox:
     """Tokens and ends that merge into one message however many steps they came from."""
@@ -19,7 +16,6 @@ class Outbox:
         self._token_ids: list[Int32Array] = []
         self._ended: list[frontend_pb2.Ended] = []
         self._load: frontend_pb2.Load | None = None
-        self._last_load: frontend_pb2.Load | None = None
         self._filled = asyncio.Event()
         self.backlog_tokens = 0
 
@@ -35,10 +31,8 @@ class Outbox:
         self._filled.set()
 
     def set_load(self, load: frontend_pb2.Load) -> None:
-        """Load figures, sent when they have changed."""
-        if load != self._last_load:
-            self._load = self._last_load = load
-            self._filled.set()
+        self._load = load
+        self._filled.set()
 
     def wake(self) -> None:
         """Lets `take` return, with an empty message if need be."""

@@ -19,6 +19,7 @@ class Planned:
     """A plan, and what happened on the way to it."""
 
     plan: StepPlan
+    num_tokens: int
     started: list[Sequence]  # took a slot, for the first time or again
     preempted: list[Sequence]
 
@@ -44,7 +45,8 @@ def plan_step(state: PlannerState) -> Planned | None:
     slots = np.concatenate([decodes, np.array([slot for slot, _ in chunks], dtype=np.int32)])
     counts = np.ones(len(slots), dtype=np.int32)
     counts[len(decodes) :] = [count for _, count in chunks]
-    return Planned(_book(state, slots, counts, started, growing, append_blocks), started, preempted)
+    plan = _book(state, slots, counts, started, growing, append_blocks)
+    return Planned(plan, int(counts.sum()), started, preempted)
 
 
 def _runnable(state: PlannerState) -> tuple[Int32Array, Int32Array, Int32Array]:

@@ -56,6 +56,8 @@ class Sequence:
     slot: int = -1
     last_step: int = -1  # the last step planned with a row of this sequence
     num_preemptions: int = 0
+    num_losses: int = 0  # of its group while it ran, with no token in between
+    num_tokens_at_loss: int = 0
     submitted_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
@@ -64,6 +66,11 @@ class Sequence:
     def min_total_tokens(self) -> int:
         """Before so many tokens nothing but length ends the sequence."""
         return self.num_prompt_tokens + self.sampling.min_tokens
+
+    def stops_at(self, token: int, is_eos: bool, num_tokens: int) -> bool:
+        """Whether ``token``, with which it has ``num_tokens`` tokens, ends it before its length does."""
+        ends = (is_eos and not self.ignore_eos) or token in self.stop_token_ids
+        return ends and num_tokens > self.min_total_tokens
 
 
 @dataclass(slots=True)

@@ -14,6 +14,8 @@ from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.sequence import Place, Sequence, SlotTable, Status
 
+_MAX_LOSSES = 5
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -27,6 +29,7 @@ class Limits:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     depth: int  # plans in flight at most
+    max_waiting: int = 4096  # sequences in the queue; more are refused
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -149,6 +152,47 @@ def requeue_drained(state: PlannerState, completed_step: int) -> None:
         sequence = state.draining.pop(key)
         if sequence.status is Status.DRAINING:
             _enqueue(state, sequence)
+
+
+def lose_group(state: PlannerState) -> list[Sequence]:
+    """The group has forgotten everything: all sequences wait again, with the tokens known so far.
+
+    Returns those that are not tried again, and have ended: running when the group was lost for the fifth time without
+    a token in between, they are likely the reason.
+    """
+    running = [owner for owner in state.table.owners if owner is not None]
+    draining = [each for each in state.draining.values() if each.status is Status.DRAINING]
+    for sequence in running:
+        state.table.give_up(sequence.slot)
+    state.draining.clear()
+    suspects = []
+    for sequence in [*running, *draining]:
+        made_progress = len(sequence.token_ids) > sequence.num_tokens_at_loss
+        sequence.num_losses = 1 if made_progress else sequence.num_losses + 1
+        sequence.num_tokens_at_loss = len(sequence.token_ids)
+        _enqueue(state, sequence)
+        if sequence.num_losses >= _MAX_LOSSES:
+            suspects.append(sequence)
+    for sequence in suspects:
+        end(state, sequence)
+    _forget_group(state)
+    return suspects
+
+
+def regain_group(state: PlannerState, limits: Limits, epoch: int) -> None:
+    """The group is back, empty, and maybe with other limits; plans begin again in a new epoch."""
+    assert not state.num_running
+    state.limits, state.epoch = limits, epoch
+    _forget_group(state)
+
+
+def _forget_group(state: PlannerState) -> None:
+    limits = state.limits
+    state.pool = BlockPool(limits.num_blocks)
+    state.table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+    state.in_flight.clear()
+    state.freed_slots.clear()
+    state.last_row_slots = np.zeros(0, dtype=np.int32)
 
 
 def is_in_flight(state: PlannerState, step_id: int) -> bool:

@@ -1,8 +1,10 @@
 """`albireo serve` as a user runs it, queried with `albireo generate` and what operators use."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,27 +135,69 @@ def test_metrics_reflection_and_health_are_there(server, metrics_port: int):
     assert {"albireo.v1.Generation", "vllm.grpc.engine.VllmEngine", "grpc.health.v1.Health"} <= names
 
 
-def ranks_of(server: Server) -> list[int]:
-    """Pids of the ranks: the grandchildren that run `worker_svc --rank`."""
-
-    def children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):  # gone meanwhile
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    everyone = [grandchild for child in children(server.process.pid) for grandchild in children(child)]
-    return [pid for pid in everyone if b"\0--rank\0" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return []
 
 
-def test_a_dead_rank_ends_the_server_with_the_name_of_its_log(tmp_path: Path, stub_model: Path):
+def ranks_of(server: Server) -> dict[int, int]:
+    """Rank -> pid: the grandchildren that run `worker_svc --rank`."""
+    found = {}
+    for pid in (grandchild for child in children_of(server.process.pid) for grandchild in children_of(child)):
+        with contextlib.suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if b"--rank" in words:
+                found[int(words[words.index(b"--rank") + 1])] = pid
+    return found
+
+
+def named_log(output: str, name: str) -> Path:
+    found = re.search(rf"\S+/{name}\.log", output)
+    assert found is not None, output
+    return Path(found.group())
+
+
+def test_a_dead_rank_is_healed_and_the_answers_stay_the_same(tmp_path: Path, stub_model: Path):
     server = Server(tmp_path, str(stub_model), "--engine", "stub", "--tp", "2")
-    server.wait_until_ready()
-    os.kill(ranks_of(server)[1], signal.SIGKILL)
-    assert server.process.wait(20) == 1
+    target = server.wait_until_ready()
+    flags = ["import os", "--json", "--max-tokens", "9", "--seed", "3", "--ignore-eos"]
+    try:
+        before = generate(target, *flags)
+        assert before.returncode == 0, before.stderr
+        for rank in (1, 0):
+            pid = ranks_of(server)[rank]
+            os.kill(pid, signal.SIGKILL)
+            after = generate(target, *flags)
+            assert after.returncode == 0, after.stderr
+            assert json.loads(after.stdout)["token_ids"] == json.loads(before.stdout)["token_ids"]
+            assert ranks_of(server)[rank] != pid
+    finally:
+        assert server.stop(signal.SIGTERM) == 0, server.log.read_text()
+
+
+def test_a_configuration_that_no_rank_takes_ends_the_server_with_the_name_of_its_log(tmp_path: Path, stub_model: Path):
+    flags = ["--engine", "stub", "--tp", "2", "--max-num-seqs", "64", "--max-num-batched-tokens", "8"]
+    server = Server(tmp_path, str(stub_model), *flags)
+    assert server.process.wait(30) == 2
     output = server.log.read_text()
-    assert "rank-1" in output
-    assert "SIGKILL" in output
-    log = re.search(r"\S+/rank-1\.log", output)
-    assert log is not None, output
-    assert Path(log.group()).exists()
+    assert "so a step could not decode every sequence" in output
+    assert re.search(r"rank-[01] exited with status 2; its log is \S+/rank-[01].log\n", output), output
+    shutil.rmtree(named_log(output, "worker").parents[1])
+
+
+def test_a_rank_that_never_starts_ends_the_server_with_the_name_of_its_log(tmp_path: Path, stub_model: Path):
+    server = Server(tmp_path, str(stub_model), "--engine", "stub", "--tp", "2")
+    while server.process.poll() is None:
+        if pid := ranks_of(server).get(1):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    assert server.process.returncode == 1
+    output = server.log.read_text()
+    assert "rank-1 was killed by SIGKILL, failing to start 5 times in a row" in output
+    assert named_log(output, "rank-1").exists()
+    shutil.rmtree(named_log(output, "worker").parents[1])
 
 
 def test_sigterm_stops_everything_cleanly(tmp_path: Path, stub_model: Path):
@@ -161,7 +205,7 @@ def test_sigterm_stops_everything_cleanly(tmp_path: Path, stub_model: Path):
     target = server.wait_until_ready()
     run_dir = re.search(r"logs:\s+(\S+)/logs", server.log.read_text())
     assert run_dir is not None
-    ranks = ranks_of(server)
+    ranks = ranks_of(server).values()
     assert server.stop(signal.SIGTERM) == 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     assert not Path(run_dir.group(1)).exists()

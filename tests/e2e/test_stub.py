@@ -6,7 +6,6 @@ import random
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
@@ -14,50 +13,17 @@ from smg_grpc_proto import vllm_engine_pb2_grpc as vllm_grpc
 from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import generation_pb2_grpc as rpc
-from albireo.v1 import plan_pb2
+from load import Answer, random_case, run_case, true_output
 from services import scheduler, worker_group
-from worker_svc.stub.truth import true_tokens
 
 pytestmark = pytest.mark.e2e
-
-VOCAB_SIZE = 1003
-EOS = 2
-
-
-def true_output(prompt: list[int], max_tokens: int, ignore_eos: bool, **sampling: float) -> list[int]:
-    ends = frozenset() if ignore_eos else frozenset({EOS})
-    packed = np.array(sorted(ends), dtype="<i4").tobytes()
-    params = plan_pb2.Sampling(**{"top_p": 1.0, **sampling}, suppressed_token_ids=packed)
-    return true_tokens(np.array(prompt, dtype=np.int32), params, ends, max_tokens, VOCAB_SIZE).tolist()
 
 
 async def check_one(stub: rpc.GenerationStub, rng: random.Random, cancel: bool) -> int:
     """A random request is exact; a cancelled one is a prefix. Returns how often it was preempted."""
-    prompt = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randrange(1, 60))]
-    max_tokens, seed, ignore_eos = rng.randrange(1, 240), rng.getrandbits(64), rng.random() < 0.7
-    temperature, min_tokens = rng.choice([0.0, 0.8]), min(rng.choice([0, 0, 20]), max_tokens)
-    params = pb.SamplingParams(
-        temperature=temperature, seed=seed, max_tokens=max_tokens, min_tokens=min_tokens, ignore_eos=ignore_eos
-    )
-    call = stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=params))
-    stop_after = rng.randrange(1, 40) if cancel else None
-    got: list[int] = []
-    finish = None
-    async for response in call:
-        got += response.token_ids
-        finish = response.finish if response.HasField("finish") else finish
-        if stop_after is not None and len(got) >= stop_after:
-            call.cancel()
-            break
-    expected = true_output(prompt, max_tokens, ignore_eos, temperature=temperature, seed=seed, min_tokens=min_tokens)
-    assert got == expected[: len(got)]
-    if stop_after is None:
-        assert got == expected
-        assert finish is not None
-        assert finish.usage.completion_tokens == len(expected)
-        stops = not ignore_eos and expected[-1] == EOS and len(expected) > min_tokens
-        assert finish.reason == (pb.FINISH_REASON_STOP if stops else pb.FINISH_REASON_LENGTH)
-    return finish.timings.num_preemptions if finish is not None else 0
+    answer = Answer(random_case(rng))
+    await run_case(stub, answer, stop_after=rng.randrange(1, 40) if cancel else None)
+    return answer.finish.timings.num_preemptions if answer.finish is not None else 0
 
 
 async def wait_until_idle(target: str) -> None:

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from albireo.errors import GroupError
-from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
+from albireo.plan import NewSequence, Rows, StepPlan, decode_plan, decode_rows, encode_plan
 from albireo.v1 import plan_pb2
-from worker_svc.batch import BatchState
+from worker_svc.batch import BatchState, InputBatch
 
 BLOCK_SIZE = 4
 
@@ -27,7 +29,14 @@ def new_sequence(slot: int, tokens: int, blocks: list[int], num_prompt: int | No
 
 
 def make_state() -> BatchState:
-    return BatchState(max_num_seqs=3, max_model_len=16, block_size=BLOCK_SIZE)
+    return BatchState(
+        max_num_seqs=3,
+        max_model_len=16,
+        block_size=BLOCK_SIZE,
+        num_cache_blocks=10,
+        vocab_size=200,
+        max_num_batched_tokens=24,
+    )
 
 
 def test_a_prompt_in_chunks_then_decodes():
@@ -120,3 +129,98 @@ def test_what_does_not_fit_is_an_error():
     state = make_state()
     with pytest.raises(GroupError, match="do not fit"):
         state.apply(StepPlan(1, 0, decode_rows(ints(0)), new_sequences=(new_sequence(0, 17, [1, 2, 3, 4, 5]),)))
+
+
+VALID = StepPlan(1, 0, Rows(ints(0), ints(5), np.array([True])), new_sequences=(new_sequence(0, 5, [1, 2]),))
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (StepPlan(1, 1, None, finished_slots=ints(3)), "finished slot"),
+        (StepPlan(1, 1, None, new_sequences=(new_sequence(3, 1, [1]),)), "slot 3 of 3"),
+        (StepPlan(1, 1, None, new_sequences=(new_sequence(1, 1, [10]),)), "block 10"),
+        (StepPlan(1, 1, None, new_sequences=(new_sequence(1, 1, [-1]),)), "block -1"),
+        (StepPlan(1, 1, None, new_sequences=(new_sequence(1, 0, [1]),)), "do not fit"),
+        (StepPlan(1, 1, None, new_sequences=(new_sequence(1, 2, [1], num_prompt=3),)), "3 of the prompt"),
+        (StepPlan(1, 1, None, append_slots=ints(0), append_blocks=ints(10)), "block 10"),
+        (StepPlan(1, 1, None, append_slots=ints(-1), append_blocks=ints(3)), "append slot -1"),
+        (StepPlan(1, 1, None, append_slots=ints(1), append_blocks=ints(3)), "without a sequence"),
+        (StepPlan(1, 1, None, append_slots=ints(0, 0), append_blocks=ints(3, 4)), "named twice"),
+        (StepPlan(1, 1, decode_rows(ints(-1))), "row slot -1"),
+        (StepPlan(1, 1, decode_rows(ints(0, 0))), "named twice"),
+        (StepPlan(1, 1, decode_rows(ints(1))), "past its sequence's blocks"),
+        (StepPlan(1, 1, Rows(ints(0), ints(0), np.array([True]))), "scheduled tokens 0"),
+        (StepPlan(1, 1, Rows(ints(0), ints(2**31 - 1), np.array([True]))), "scheduled tokens"),
+        (StepPlan(1, 1, Rows(ints(0, 1), ints(16, 16), np.array([True, True]))), "more than 24 tokens"),
+        (StepPlan(1, 1, Rows(ints(0), ints(4), np.array([True]))), "past its sequence's blocks"),
+    ],
+)
+def test_what_is_out_of_range_is_an_error_and_a_new_epoch_heals_it(plan: StepPlan, reason: str):
+    state, fresh = make_state(), make_state()
+    state.apply(VALID)
+    with pytest.raises(GroupError, match=reason):
+        state.apply(plan)
+    again = StepPlan(2, 9, VALID.rows, new_sequences=VALID.new_sequences)
+    assert_same(state.apply(again), fresh.apply(again))
+
+
+def assert_same(first: InputBatch, second: InputBatch) -> None:
+    for name in ("slots", "context_lens", "block_tables", "token_ids", "positions", "slot_mapping", "output_positions"):
+        assert getattr(first, name).tolist() == getattr(second, name).tolist()
+
+
+small = st.integers(-2, 18)
+integers = st.one_of(small, st.integers(-(2**31), 2**31 - 1))
+arrays = st.lists(integers, max_size=4).map(lambda values: ints(*values))
+unsigned = st.one_of(st.integers(0, 18), st.integers(0, 2**32 - 1))
+
+
+@st.composite
+def plans(draw: st.DrawFn, step_id: int) -> StepPlan:
+    """Anything that the wire can hold, and much that is nearly right."""
+    rows = None
+    if draw(st.booleans()):
+        slots = draw(arrays)
+        counts = draw(st.lists(integers, min_size=len(slots), max_size=len(slots)))
+        samples = draw(st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
+        rows = Rows(slots, ints(*counts), np.array(samples, dtype=np.bool_))
+    sampling = plan_pb2.Sampling(
+        top_k=draw(unsigned), min_tokens=draw(unsigned), suppressed_token_ids=draw(st.binary(max_size=9))
+    )
+    new = [
+        NewSequence(draw(unsigned), draw(arrays), draw(unsigned), draw(unsigned), draw(arrays), sampling)
+        for _ in range(draw(st.integers(0, 2)))
+    ]
+    append = draw(arrays)
+    blocks = ints(*draw(st.lists(integers, min_size=len(append), max_size=len(append))))
+    epoch = draw(st.sampled_from([1, 1, 1, 1, 2, 2**64 - 1]))
+    return StepPlan(
+        epoch,
+        draw(st.sampled_from([step_id, step_id, step_id, 0, 2**64 - 1])),
+        rows,
+        draw(arrays),
+        tuple(new),
+        append,
+        blocks,
+    )
+
+
+@given(st.data())
+@settings(max_examples=400)
+def test_no_plan_does_more_harm_than_a_group_error(data: st.DataObject):
+    """What is applied stays within the cache, the tables and the vocabulary."""
+    state = make_state()
+    state.apply(VALID)
+    for step_id in range(1, 4):
+        plan = data.draw(plans(step_id))
+        try:
+            batch = state.apply(decode_plan(encode_plan(plan)))
+        except GroupError:
+            return
+        assert ((batch.slot_mapping >= 0) & (batch.slot_mapping < 10 * BLOCK_SIZE)).all()
+        assert ((batch.positions >= 0) & (batch.positions < 16)).all()
+        assert ((batch.token_ids >= 0) & (batch.token_ids < 200)).all()
+        assert ((batch.slots >= 0) & (batch.slots < 3)).all()
+        assert (np.diff(batch.query_starts) > 0).all()
+        assert all(((ids >= 0) & (ids < 200)).all() for _, ids in batch.sampling.suppressed)

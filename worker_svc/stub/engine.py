@@ -30,11 +30,11 @@ class StubEngine:
     Steps last ``stub_step_ms`` at least (modelled), from max(previous end, launch).
     """
 
-    def __init__(self, config: EngineConfig, collective: StarCollective | None = None) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         if truth.NUM_HEADS % config.tp_size:
             raise ConfigError(f"--tp {config.tp_size}: the stub engine takes 1, 2, 4 or 8")
         self._config = config
-        self._collective = collective
+        self._collective = StarCollective(config.run_dir / "collective.sock", config.rank, config.tp_size)
         width = truth.NUM_HEADS // config.tp_size
         self._heads = range(config.rank * width, (config.rank + 1) * width)
         self._last_tokens = np.zeros(config.max_num_seqs, dtype=np.int32)
@@ -46,8 +46,6 @@ class StubEngine:
         config = self._config
         spec = load_model_spec(config.model_path)
         self._vocab_size = spec.vocab_size
-        if config.tp_size > 1 and self._collective is None:
-            self._collective = StarCollective(config.run_dir / "collective.sock", config.rank, config.tp_size)
         max_model_len = config.max_model_len or spec.max_position_embeddings
         wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
         bytes_per_block = config.block_size * len(self._heads) * 8
@@ -62,14 +60,16 @@ class StubEngine:
             num_blocks=fitting if config.kv_cache_gib else min(wanted, fitting),
         )
 
+    def join(self, meeting: int) -> None:
+        self._collective.join(meeting)
+
     def allocate(self, num_blocks: int) -> None:
-        self._cache = np.zeros((num_blocks, self._config.block_size, len(self._heads)), dtype=np.uint64)
+        if num_blocks != len(self._cache):
+            self._cache = np.zeros((num_blocks, self._config.block_size, len(self._heads)), dtype=np.uint64)
 
     def launch(self, batch: InputBatch) -> _Done:
         start = time.perf_counter_ns()
-        digests = self.forward(batch)
-        if self._collective is not None:
-            digests = self._collective.all_reduce(digests)
+        digests = self._collective.all_reduce(self.forward(batch))
         forward_end = time.perf_counter_ns()
         tokens = self.sample(batch, digests)
         sample_end = time.perf_counter_ns()
@@ -104,9 +104,14 @@ class StubEngine:
         self._last_tokens[batch.sample_slots] = tokens
         return tokens
 
+    def abort(self) -> None:
+        self._collective.abort()
+
+    def leave(self) -> None:
+        self._collective.leave()
+
     def close(self) -> None:
-        if self._collective is not None:
-            self._collective.close()
+        self.leave()
 
     def _wait_for_device(self) -> None:
         """The modelled part of the step: nothing for the truth machine, ``stub_step_ms`` for load tests."""

@@ -1,11 +1,9 @@
 """What the ranks of a group do together, and the ways to do it: alone, or through torch.distributed."""
 
-import fcntl
 import os
-import secrets
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +12,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
-from albireo.errors import ConfigError, GroupError
+from albireo.errors import GroupError
 
-# Bounds every wait for a peer: its start, and each of its collectives.
-_TIMEOUT = timedelta(seconds=60)
+# Bound every wait for a peer: until it comes, and in each collective.
+_MEETING_TIMEOUT_S = 60.0
+_STEP_TIMEOUT = timedelta(seconds=10)
+_POLL_S = 0.01
 
 
 class Collectives(Protocol):
@@ -43,9 +44,6 @@ class Collectives(Protocol):
     def barrier(self) -> None:
         """Returns once every rank has called."""
 
-    def close(self) -> None:
-        """Leaves the group; peers that still wait for this rank fail."""
-
 
 class SingleRank:
     """The group of one."""
@@ -62,35 +60,28 @@ class SingleRank:
     def barrier(self) -> None:
         pass
 
-    def close(self) -> None:
-        pass
-
 
 class TorchCollectives:
     """torch.distributed's process group of this process: gloo between CPUs, NCCL between GPUs."""
 
-    def __init__(self, rank: int, size: int, run_dir: Path, device: torch.device) -> None:
-        """Meets the other ranks through files in ``run_dir``.
-
-        Raises ConfigError when they do not all come in time.
-        """
+    def __init__(self, rank: int, size: int, store: Store, device: torch.device) -> None:
+        """Raises GroupError when the others, who hold the same store, do not do the same in time."""
         self.rank = rank
         self.size = size
         self._device = device
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        with _meeting_place(rank, run_dir) as file:
-            try:
-                dist.init_process_group(
-                    "nccl" if device.type == "cuda" else "gloo",
-                    init_method=f"file://{file}",
-                    rank=rank,
-                    world_size=size,
-                    timeout=_TIMEOUT,
-                    device_id=device if device.type == "cuda" else None,
-                )
-            except (RuntimeError, ValueError) as error:
-                raise ConfigError(f"rank {rank} of {size} did not meet the others in {run_dir}: {error}") from error
-            self.barrier()
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=_STEP_TIMEOUT,
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise GroupError(f"rank {rank} of {size} did not meet the others: {error}") from error
+        self.barrier()
 
     def all_reduce(self, tensor: Tensor) -> None:
         if not tensor.numel():
@@ -116,50 +107,58 @@ class TorchCollectives:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def close(self) -> None:
+
+class Rendezvous:
+    """Where the ranks meet: files in ``run_dir``, one for each meeting. A rank is in one group at a time."""
+
+    def __init__(self, rank: int, size: int, run_dir: Path, device: torch.device) -> None:
+        self._rank = rank
+        self._size = size
+        self._run_dir = run_dir
+        self._device = device
+        self._is_aborted = threading.Event()
+
+    def join(self, meeting: int) -> Collectives:
+        """The collectives of the group that meets under this number. GroupError: not all ranks came."""
+        if self._size == 1:
+            return SingleRank()
+        file = self._run_dir.resolve() / f"torch-meeting-{meeting:016x}"
+        if self._rank == 0:
+            for leftover in file.parent.glob("torch-meeting-*"):
+                if leftover != file:
+                    leftover.unlink(missing_ok=True)
+        store: Store = dist.FileStore(str(file), self._size)  # type: ignore[attr-defined]  # torch's stubs lack it
+        store.set_timeout(_STEP_TIMEOUT)
+        self._wait_for_all(store)
+        return TorchCollectives(self._rank, self._size, store, self._device)
+
+    def abort(self) -> None:
+        """From any thread: ends waiting for peers, now or later, until `leave`.
+
+        Between CPUs that concerns the meeting only: gloo's collectives cannot be aborted, and need not be, because they
+        fail when the connection to a peer ends.
+        """
+        self._is_aborted.set()
+        # NCCL notices nothing of the kind. Its group has been able to abort from another thread since torch 2.7.
+        if self._device.type == "cuda" and dist.is_initialized():
+            abort = getattr(dist.group.WORLD, "abort", None)
+            if abort is not None:
+                abort()
+
+    def leave(self) -> None:
+        """Leaves the group, if there is one; peers that still wait for this rank fail."""
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._is_aborted.clear()
 
-
-def join_group(rank: int, size: int, run_dir: Path, device: torch.device) -> Collectives:
-    """The collectives of ``rank``, once the group is complete."""
-    return SingleRank() if size == 1 else TorchCollectives(rank, size, run_dir, device)
-
-
-@contextmanager
-def _meeting_place(rank: int, run_dir: Path) -> Iterator[Path]:
-    """The file through which the ranks meet: a new one at each start, whatever a group that died has left behind.
-
-    Rank 0 names the file in a note that it keeps locked until all have met. A note that is not locked is a dead one's.
-    """
-    note, prefix = run_dir.resolve() / "torch-meeting-place", "torch-rendezvous-"
-    if rank > 0:
-        yield note.with_name(_read_locked(note))
-        return
-    for leftover in run_dir.glob(prefix + "*"):
-        leftover.unlink()
-    name = prefix + secrets.token_hex(8)
-    draft = note.with_suffix(".new")
-    with draft.open("w", encoding="utf-8") as writer:
-        fcntl.flock(writer, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        writer.write(name)
-        writer.flush()
-        draft.replace(note)
-        yield note.with_name(name)
-
-
-def _read_locked(note: Path) -> str:
-    deadline = time.monotonic() + _TIMEOUT.total_seconds()
-    while time.monotonic() < deadline:
-        try:
-            reader = note.open(encoding="utf-8")
-        except FileNotFoundError:
-            time.sleep(0.02)
-            continue
-        with reader:
-            try:
-                fcntl.flock(reader, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return reader.read()
-        time.sleep(0.02)
-    raise ConfigError(f"rank 0 did not come to {note} within {_TIMEOUT.total_seconds():.0f} s")
+    def _wait_for_all(self, store: Store) -> None:
+        """Returns when all ranks are here. torch could wait for them as well, but nobody could end its wait."""
+        store.set(f"here-{self._rank}", "")
+        others = [f"here-{rank}" for rank in range(self._size)]
+        deadline = time.monotonic() + _MEETING_TIMEOUT_S
+        while not store.check(others):
+            if self._is_aborted.is_set():
+                raise GroupError("the meeting is aborted")
+            if time.monotonic() > deadline:
+                raise GroupError(f"rank {self._rank}: {self._size} ranks did not meet in {_MEETING_TIMEOUT_S:.0f} s")
+            time.sleep(_POLL_S)

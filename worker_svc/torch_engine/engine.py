@@ -6,7 +6,7 @@ token (T4), and the tokens travel to the host when the step is resolved. On a GP
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from albireo.model_spec import ModelSpec, load_model_spec
 from albireo.v1 import plan_pb2
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput
-from worker_svc.torch_engine.collectives import Collectives, join_group
+from worker_svc.torch_engine.collectives import Collectives, Rendezvous, SingleRank
 from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
 from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes, choose_num_blocks
 from worker_svc.torch_engine.loader import load_weights
@@ -35,6 +35,7 @@ class TorchEngine:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._device = _device_of_rank(config)
+        self._rendezvous = Rendezvous(config.rank, config.tp_size, config.run_dir, self._device)
         self._group: Collectives | None = None
         self._decoder: Decoder | None = None
         self._kv_cache: KvCache | None = None
@@ -52,11 +53,9 @@ class TorchEngine:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp_size))
         else:
             torch.cuda.set_device(self._device)
-        report("meeting the other ranks", 0.0)
-        self._group = join_group(config.rank, config.tp_size, config.run_dir, self._device)
         weights = load_weights(spec, shard, self._dtype, self._device, report)
         cos, sin = rope_tables(spec.rope, spec.head_dim, max_model_len, self._device)
-        self._decoder = Decoder(spec, shard, weights, cos, sin, self._group)
+        self._decoder = Decoder(spec, shard, weights, cos, sin, SingleRank())  # `join` puts the real group in
         bytes_per_block = block_bytes(spec, shard, self._dtype)
         return EngineInfo(
             device=self._device.type,
@@ -74,14 +73,22 @@ class TorchEngine:
             ),
         )
 
+    def join(self, meeting: int) -> None:
+        self._group = self._rendezvous.join(meeting)
+        self._decoder = replace(self._loaded(), group=self._group)
+
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
         decoder = self._loaded()
+        if self._kv_cache is not None and len(self._kv_cache.keys[0]) == num_blocks:
+            return
+        self._kv_cache = None  # frees the memory for the next
         self._kv_cache = allocate_kv_cache(decoder.spec, decoder.shard, num_blocks, self._dtype, self._device)
 
     @torch.inference_mode()
     def launch(self, batch: InputBatch) -> "TorchStep":
         decoder = self._loaded()
+        assert self._group is not None, "launch before join"
         started_ns = time.perf_counter_ns()
         inputs = prepare_inputs(batch, self._last_tokens, decoder.spec.sliding_window, self._device)
         prepared_ns = time.perf_counter_ns()
@@ -98,10 +105,18 @@ class TorchEngine:
             done=_mark(self._device),
         )
 
+    def abort(self) -> None:
+        self._rendezvous.abort()
+
+    def leave(self) -> None:
+        self._group = None
+        if self._decoder is not None:
+            self._decoder = replace(self._decoder, group=SingleRank())
+        self._rendezvous.leave()
+
     def close(self) -> None:
-        if self._group is not None:
-            self._group.close()
-        self._group = self._decoder = self._kv_cache = None
+        self.leave()
+        self._decoder = self._kv_cache = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

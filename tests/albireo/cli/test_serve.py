@@ -84,6 +84,9 @@ def test_metrics_ports_that_take_the_clients_port(model: str, capsys: pytest.Cap
         (["--tp", "0"], "--tp 0: at least 1 is needed"),
         (["--frontends", "0"], "--frontends 0: at least 1"),
         (["--depth", "-1"], "--depth -1: at least 1"),
+        (["--max-streams", "0"], "--max-streams 0: at least 1"),
+        (["--drain-timeout", "-1"], "--drain-timeout -1.0: a positive number"),
+        (["--recovery-timeout", "0"], "--recovery-timeout 0.0: a positive number"),
         (["--max-num-seqs", "-1"], "--max-num-seqs -1: must not be negative"),
         (["--kv-cache-gib", "-0.5"], "--kv-cache-gib -0.5: must not be negative"),
         (["--port", "65536"], "--port 65536: not a port"),
@@ -136,7 +139,9 @@ def test_help_explains_the_metrics_ports(capsys: pytest.CaptureFixture[str]) -> 
 def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALBIREO_TP", "8")
     monkeypatch.setenv("ALBIREO_STARTUP_TIMEOUT", "5")
-    config = ServeConfig(model="/m", served_model_name="m", engine="stub", tp=2, max_num_seqs=9, metrics_port=9000)
+    config = ServeConfig(
+        model="/m", served_model_name="m", engine="stub", tp=2, max_num_seqs=9, metrics_port=9000, drain_timeout=2
+    )
     worker, scheduler = child_processes(config, RunDir(tmp_path, keep=True))
     start = worker.argv.index("-m") + 1
     assert worker.argv[start:] == [
@@ -147,7 +152,9 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
     assert scheduler.argv[start:] == [
         *("scheduler_svc", "--model", "/m", "--served-model-name", "m", "--group", f"unix:{tmp_path}/group.sock"),
         *("--planner", f"unix:{tmp_path}/planner.sock", "--host", "127.0.0.1", "--port", "50051", "--frontends", "1"),
-        *("--depth", "2", "--run-dir", str(tmp_path), "--log-level", "info", "--metrics-port", "9000"),
+        *("--depth", "2", "--max-waiting", "4096", "--max-streams", "4096"),
+        *("--recovery-timeout", "30.0", "--drain-timeout", "2"),
+        *("--run-dir", str(tmp_path), "--log-level", "info", "--metrics-port", "9000"),
     ]
     assert "ALBIREO_TP" not in worker.env, "what serve reads must not reach the services a second way"
     assert worker.env["ALBIREO_STARTUP_TIMEOUT"] == "5", "what it does not know must"
@@ -300,6 +307,27 @@ def test_a_service_that_dies_while_loading(tmp_path: Path, model: str) -> None:
     assert str(tmp_path / "run" / "logs" / "worker.log") in err
     assert "ValueError: no weights" in err
     assert not served.ready_file.exists()
+
+
+def test_a_service_that_dies_is_started_again(tmp_path: Path, model: str) -> None:
+    act = "flag = pathlib.Path(sys.argv[0] + '.died'); flag.exists() or (flag.touch(), sys.exit(3))"
+    served = Served(tmp_path, model, "--run-dir", str(tmp_path / "run"), act=act)
+    wait_until(served.ready_file.exists)
+    served.process.send_signal(signal.SIGTERM)
+    code, _, err = served.finish()
+    assert code == 0
+    assert f"worker exited with status 3 and is started again; its log is {tmp_path}/run/logs/worker.log\n" in err
+    assert (tmp_path / "run" / "logs" / "worker.log").read_text().count("worker is up\n") == 2
+
+
+def test_a_service_that_cannot_start(tmp_path: Path, model: str) -> None:
+    """Its report, whose end names the log of the process which failed, is what the user sees."""
+    act = "print('rank-1 exited with status 2; its log is /run/rank-1.log'); sys.exit(2)"
+    served = Served(tmp_path, model, "--run-dir", str(tmp_path / "run"), act=act)
+    code, out, err = served.finish()
+    assert (code, out) == (2, "")
+    assert "  | rank-1 exited with status 2; its log is /run/rank-1.log\n" in err
+    assert err.splitlines()[-1].startswith("worker exited with status 2; its log is ")
 
 
 def test_the_temporary_run_dir_is_kept_for_the_logs_of_the_dead(

@@ -1,8 +1,9 @@
 """A small model on disk, a planner that tests script, and a front end between it and real clients."""
 
 import asyncio
+import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -118,13 +119,15 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         self.aborts: asyncio.Queue[str] = asyncio.Queue()
         self.ready = asyncio.Event()  # the group has loaded
         self.ready.set()
+        self.load = frontend_pb2.Load(is_serving=True)
         self._context: Any = None
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         self._context = context
         self.hello = (await anext(aiter(request_iterator))).hello
         await self.ready.wait()
-        await context.write(frontend_pb2.PlannerMessage(welcome=frontend_pb2.Welcome(group=self.group)))
+        welcome = frontend_pb2.Welcome(group=self.group)
+        await context.write(frontend_pb2.PlannerMessage(welcome=welcome, load=self.load))
         async for message in request_iterator:
             for queue, items in (
                 (self.submits, message.submits),
@@ -144,6 +147,10 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
                 ended=ended,
             )
         )
+
+    async def say_serving(self, is_serving: bool) -> None:
+        self.load = frontend_pb2.Load(is_serving=is_serving)
+        await self._context.write(frontend_pb2.PlannerMessage(load=self.load))
 
     async def run(self, sequence_id: int, token_ids: list[int], **ended: Any) -> None:
         """A whole sequence, one message per token, its end with the last."""
@@ -170,8 +177,19 @@ class World:
         self.running = asyncio.create_task(frontend.run())
 
     async def wait_until_ready(self) -> None:
-        while not self.core.link.is_up:
+        while not self.core.link.is_serving:
             await asyncio.sleep(0.002)
+
+    @property
+    def sequences(self) -> dict[int, Any]:
+        """What the link holds."""
+        return self.core.link._sequences
+
+
+@pytest.fixture
+def flags() -> dict[str, Any]:
+    """More of the front end's configuration; tests parametrize it."""
+    return {}
 
 
 @pytest.fixture
@@ -179,38 +197,69 @@ async def planner(byte_level: Tokenizer) -> FakePlanner:
     return FakePlanner(byte_level.token_to_id("<|eos|>"), byte_level.get_vocab_size())
 
 
-@pytest.fixture
-async def planner_server(planner: FakePlanner, tmp_path: Path) -> AsyncIterator[aio.Server]:
+async def serve_planner(planner: FakePlanner, tmp_path: Path) -> aio.Server:
     server = make_server()
     frontend_pb2_grpc.add_PlannerServicer_to_server(planner, server)
     server.add_insecure_port(f"unix:{tmp_path}/planner.sock")
     await server.start()
+    return server
+
+
+@pytest.fixture
+async def planner_server(planner: FakePlanner, tmp_path: Path) -> AsyncIterator[aio.Server]:
+    server = await serve_planner(planner, tmp_path)
     yield server
     await server.stop(None)
 
 
 @pytest.fixture
+async def restart_planner(
+    planner: FakePlanner, planner_server: aio.Server, tmp_path: Path
+) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Starts the planner again, when `planner_server` has been stopped."""
+    servers: list[aio.Server] = []
+
+    async def restart() -> None:
+        servers.append(await serve_planner(planner, tmp_path))
+
+    yield restart
+    for server in servers:
+        await server.stop(None)
+
+
+@pytest.fixture
+def config(model_path: Path, tmp_path: Path, flags: dict[str, Any]) -> FrontendConfig:
+    own = f"unix:{tmp_path}/frontend.sock"
+    return FrontendConfig(model=str(model_path), planner=f"unix:{tmp_path}/planner.sock", port=0, listen=own, **flags)
+
+
+@pytest.fixture
+async def world(planner: FakePlanner, planner_server: aio.Server, config: FrontendConfig) -> AsyncIterator[World]:
+    async with open_world(planner, planner_server, config) as world:
+        async with asyncio.timeout(10):
+            await world.wait_until_ready()
+        yield world
+
+
+@pytest.fixture
 async def loading_world(
-    planner: FakePlanner, planner_server: aio.Server, model_path: Path, tmp_path: Path
+    planner: FakePlanner, planner_server: aio.Server, config: FrontendConfig
 ) -> AsyncIterator[World]:
     """As `world`, but its group still loads: ``planner.ready`` is not set."""
     planner.ready.clear()
-    own = f"unix:{tmp_path}/frontend.sock"
-    config = FrontendConfig(model=str(model_path), planner=f"unix:{tmp_path}/planner.sock", port=0, listen=own)
+    async with open_world(planner, planner_server, config) as world:
+        yield world
+
+
+@contextlib.asynccontextmanager
+async def open_world(planner: FakePlanner, planner_server: aio.Server, config: FrontendConfig) -> AsyncIterator[World]:
     frontend = FrontendServer(config, load_served_model(config))
     await frontend.start()
-    channel = make_channel(own)
+    assert config.listen is not None
+    channel = make_channel(config.listen)
     world = World(planner, planner_server, frontend, channel)
     yield world
     await channel.close()
     await frontend.stop(0)
     world.running.cancel()
     await asyncio.gather(world.running, return_exceptions=True)
-
-
-@pytest.fixture
-async def world(loading_world: World) -> World:
-    loading_world.planner.ready.set()
-    async with asyncio.timeout(10):
-        await loading_world.wait_until_ready()
-    return loading_world

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from albireo.arrays import unpack_int32
 from albireo.errors import AlbireoError, GroupUnavailable
 from albireo.rpc import make_server
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc
-from scheduler_svc.frontend.link import PlannerLink, group_tokens
+from scheduler_svc.frontend.link import PlannerLink, _in_messages, group_tokens
 
 
 class Inbox:
@@ -42,6 +43,15 @@ async def until(condition: Any) -> None:
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.002)
+
+
+async def serve(planner: Any, path: Path) -> Any:
+    """The planner's successor at the same address."""
+    server = make_server()
+    frontend_pb2_grpc.add_PlannerServicer_to_server(planner, server)
+    server.add_insecure_port(f"unix:{path}")
+    await server.start()
+    return server
 
 
 @pytest.fixture
@@ -137,10 +147,7 @@ async def test_connecting_waits_for_a_planner_that_starts_later(planner: Any, tm
     link = PlannerLink(f"unix:{tmp_path}/late.sock", "f")
     connecting = asyncio.create_task(link.connect(10))
     await asyncio.sleep(0.05)
-    server = make_server()
-    frontend_pb2_grpc.add_PlannerServicer_to_server(planner, server)
-    server.add_insecure_port(f"unix:{tmp_path}/late.sock")
-    await server.start()
+    server = await serve(planner, tmp_path / "late.sock")
     assert (await connecting).engine == "stub"
     await link.close()
     await server.stop(None)
@@ -163,16 +170,114 @@ async def test_connecting_to_something_that_is_no_planner_fails_at_once(tmp_path
     await server.stop(None)
 
 
-async def test_a_lost_link_fails_all_sequences_and_later_ones(planner_server: Any, tmp_path: Path) -> None:
+async def test_a_lost_link_attaches_again_and_sequences_go_on(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
+    """What runs is submitted again with its output, in its order; what was never sent comes after it."""
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
+    await link.connect(10)
+    running = asyncio.create_task(link.run())
+    first, second, late = Inbox(), Inbox(), Inbox()
+    for inbox, label in ((first, "a"), (second, "b")):
+        link.submit(frontend_pb2.Submit(request_id=label, max_tokens=9), inbox)
+        await planner.submits.get()
+    await planner.send((1, 10), (1, 11))
+    await until(lambda: first.batches)
+    await planner_server.stop(None)
+    await until(lambda: not link._is_attached)
+    assert link.is_open
+    assert link.submit(frontend_pb2.Submit(request_id="c"), late) == 3
+    server = await serve(planner, tmp_path / "planner.sock")
+    async with asyncio.timeout(10):
+        again = [await planner.submits.get() for _ in range(3)]
+    assert [(submit.sequence_id, submit.request_id, submit.is_resumed) for submit in again] == [
+        (1, "a", True),
+        (2, "b", True),
+        (3, "c", False),
+    ]
+    assert [unpack_int32(submit.output_token_ids).tolist() for submit in again] == [[10, 11], [], []]
+    assert again[0].max_tokens == 9
+    await planner.send((1, 12), ended=(frontend_pb2.Ended(sequence_id=1, num_output_tokens=3),))
+    await until(lambda: first.ended)
+    assert first.batches == [[10, 11], [12]]
+    assert first.error is second.error is None
+    running.cancel()
+    await link.close()
+    await server.stop(None)
+
+
+async def test_what_was_cancelled_meanwhile_is_not_submitted_again(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
+    await link.connect(10)
+    running = asyncio.create_task(link.run())
+    for _ in range(2):
+        link.submit(frontend_pb2.Submit(), Inbox())
+        await planner.submits.get()
+    await planner_server.stop(None)
+    await until(lambda: not link._is_attached)
+    link.cancel(1)
+    server = await serve(planner, tmp_path / "planner.sock")
+    async with asyncio.timeout(10):
+        assert (await planner.submits.get()).sequence_id == 2
+    assert planner.submits.empty()
+    running.cancel()
+    await link.close()
+    await server.stop(None)
+
+
+async def test_past_the_recovery_timeout_sequences_fail_and_the_link_still_comes_back(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f", recovery_timeout_s=0.2)
+    await link.connect(10)
+    changes: list[bool] = []
+    link.on_change = lambda: changes.append(link.is_serving)
+    inbox = Inbox()
+    link.submit(frontend_pb2.Submit(), inbox)
+    running = asyncio.create_task(link.run())
+    await planner.submits.get()
+    await planner_server.stop(None)
+    await until(lambda: inbox.error)
+    assert isinstance(inbox.error, GroupUnavailable)
+    assert "not back within 0.2 s" in str(inbox.error)
+    assert not link.is_open
+    with pytest.raises(GroupUnavailable):
+        link.submit(frontend_pb2.Submit(), inbox)
+    server = await serve(planner, tmp_path / "planner.sock")
+    await until(lambda: link.is_open)
+    link.submit(frontend_pb2.Submit(), Inbox())
+    async with asyncio.timeout(10):
+        assert (await planner.submits.get()).sequence_id == 2
+    assert changes[0] is False
+    running.cancel()
+    await link.close()
+    await server.stop(None)
+
+
+async def test_a_planner_with_another_model_is_not_gone_on_with(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
     link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
     await link.connect(10)
     inbox = Inbox()
     link.submit(frontend_pb2.Submit(), inbox)
     running = asyncio.create_task(link.run())
+    await planner.submits.get()
     await planner_server.stop(None)
-    with pytest.raises(GroupUnavailable, match="the link to the planner is lost"):
-        await running
+    planner.group.vocab_size += 1
+    server = await serve(planner, tmp_path / "planner.sock")
+    with pytest.raises(GroupUnavailable, match="another model"):
+        await asyncio.wait_for(running, 10)
     assert isinstance(inbox.error, GroupUnavailable)
-    with pytest.raises(GroupUnavailable):
-        link.submit(frontend_pb2.Submit(), inbox)
     await link.close()
+    await server.stop(None)
+
+
+def test_resubmission_is_packed_into_messages_of_a_bounded_size() -> None:
+    submits = [frontend_pb2.Submit(sequence_id=i, token_ids=bytes(3 << 20)) for i in range(20)]
+    messages = _in_messages(submits)
+    assert [submit.sequence_id for message in messages for submit in message.submits] == list(range(20))
+    assert len(messages) > 1
+    assert max(message.ByteSize() for message in messages) < 32 << 20

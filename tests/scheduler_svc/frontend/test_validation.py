@@ -61,6 +61,8 @@ def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> Genera
         ({"stop_token_ids": [5, 100]}, r"stop_token_ids\[1\] is 100; it must be 0 to 99"),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids has 1025 ids; 1024 at most"),
         ({"request_id": "x" * 257}, "request_id has 257 characters; 256 at most"),
+        ({"request_id": "a\nb"}, r"request_id\[1\] is '\\n'; it must not have control characters"),
+        ({"request_id": "\u2028"}, r"request_id\[0\] is '\\u2028'"),
         ({"tenant": "a b"}, "x-tenant is 'a b'"),
         ({"tenant": ""}, "x-tenant is ''"),
     ],

@@ -12,6 +12,7 @@ from smg_grpc_proto.generated import common_pb2
 
 from albireo.arrays import unpack_int32
 from albireo.v1.generation_pb2 import FINISH_REASON_ABORT, FINISH_REASON_STOP
+from scheduler_svc.frontend import vllm_fields
 from scheduler_svc.frontend.text import Detokenizer
 
 Ids = Callable[..., list[int]]
@@ -153,6 +154,7 @@ async def test_cancelling_the_call_cancels_its_sequences(world: Any, stream: boo
         ("prompt_logprobs", {"prompt_logprobs": 1}),
         ("logit_bias", {"logit_bias": {3: 1.0}}),
         ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
+        ("grammar_from_first_token", {"grammar_from_first_token": True}),
         ("json_schema", {"json_schema": "{}"}),
         ("regex", {"regex": "a"}),
         ("grammar", {"grammar": "root ::= x"}),
@@ -183,6 +185,28 @@ async def test_request_fields_that_are_not_served_are_named(world: Any, name: st
     error = await failure(world.vllm.Generate(request(fields={name: value})))
     assert error.code() == grpc.StatusCode.UNIMPLEMENTED
     assert f"{name} is not served" in (error.details() or "")
+
+
+# What a field of a request does. A field that a newer version of the messages brings must be put somewhere.
+SERVED = {
+    "GenerateRequest": "request_id tokenized text sampling_params stream",
+    "SamplingParams": "temperature top_p top_k max_tokens min_tokens stop stop_token_ids skip_special_tokens ignore_eos"
+    " n seed include_stop_str_in_output",
+    "TokenizedInput": "input_ids",
+    "AbortRequest": "request_ids",
+}
+CONSTRAINTS = "json_schema regex grammar structural_tag json_object choice"
+SHAPES_TEXT_ONLY = {"SamplingParams": "spaces_between_special_tokens", "TokenizedInput": "original_text"}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_every_field_of_a_request_is_served_or_refused_or_shapes_text_only(name: str) -> None:
+    refused = {
+        "GenerateRequest": {*vllm_fields._UNSERVED},
+        "SamplingParams": {*vllm_fields._UNSERVED_SAMPLING, *CONSTRAINTS.split()},
+    }
+    known = [*SERVED[name].split(), *refused.get(name, ()), *SHAPES_TEXT_ONLY.get(name, "").split()]
+    assert sorted(known) == sorted(field.name for field in getattr(pb, name).DESCRIPTOR.fields)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class PlannerMachine(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             vocab_size=VOCAB_SIZE,
         )
-        self.labels = 0
+        self.losses = 0
 
     @rule(
         prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=47),
@@ -84,6 +84,20 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule(frontend=st.integers(0, 1))
     def lose_frontend(self, frontend):
         self.simulation.lose_frontend(frontend)
+
+    @rule()
+    def lose_group(self):
+        # A request that runs while the group is lost five times without a token in between is given up on.
+        if self.losses < 4:
+            self.simulation.lose_group()
+            self.losses += 1
+
+    @rule(between_token_and_end=st.booleans())
+    def lose_planner(self, between_token_and_end):
+        if between_token_and_end:
+            self.simulation.lose_last_end()
+        else:
+            self.simulation.lose_planner()
 
     @invariant()
     def blocks_add_up(self):

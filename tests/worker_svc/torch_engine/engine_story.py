@@ -3,6 +3,7 @@
 Imports no transformers, so that rank processes start quickly.
 """
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from worker_svc.torch_engine.engine import TorchEngine
 MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 128
 NUM_DECODE_STEPS = 6
+_meetings = itertools.count(100)  # all rank processes tell the same stories
 GREEDY = plan_pb2.Sampling(temperature=0.0, top_p=1.0)
 
 
@@ -80,8 +82,9 @@ class Story:
     def __init__(self, config: EngineConfig) -> None:
         self.engine = RecordingEngine(config)
         self.info: EngineInfo = self.engine.load(lambda _stage, _progress: None)
+        self.engine.join(next(_meetings))
         self.engine.allocate(32)
-        self.state = BatchState(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE)
+        self.state = BatchState(MAX_NUM_SEQS, MAX_MODEL_LEN, BLOCK_SIZE, 32, self.info.vocab_size, 128)
         self.sequences: dict[int, Sequence] = {}
         self._generator = np.random.default_rng(7)
         self._free_blocks = self._generator.permutation(32).tolist()

@@ -13,12 +13,13 @@ import torch
 from engine_story import engine_config, tell
 from safetensors.torch import save_file
 
-from worker_svc.torch_engine.collectives import join_group
+from worker_svc.torch_engine.collectives import Rendezvous
 
 
 def check_collectives(rank: int, size: int, run_dir: Path) -> dict[str, list[list[float]]]:
     """Sums and joins whose results tell which rank contributed what."""
-    group = join_group(rank, size, run_dir, torch.device("cpu"))
+    rendezvous = Rendezvous(rank, size, run_dir, torch.device("cpu"))
+    group = rendezvous.join(1)
     total = torch.full((2, 3), 10.0**rank)
     group.all_reduce(total)
     half = torch.full((1, 3), 2.0**rank, dtype=torch.bfloat16)
@@ -27,7 +28,7 @@ def check_collectives(rank: int, size: int, run_dir: Path) -> dict[str, list[lis
     widths = [2, 0, 1, 3][:size]
     joined = group.all_gather(torch.full((2, widths[rank]), float(rank)), widths)
     group.barrier()
-    group.close()
+    rendezvous.leave()
     return {"total": total.tolist(), "half": half.tolist(), "joined": joined.tolist()}
 
 
