@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import albireo
 from albireo.cli import bench, generate, serve
 from albireo.cli.client import CallFailed
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, GroupError
 
 # Each takes the arguments after its name and returns the exit status.
 _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, _ = _COMMANDS[command]
     try:
         return run(arguments[1:])
-    except CallFailed as error:
+    except (CallFailed, GroupError) as error:
         return _complain(error, 1)
     except AlbireoError as error:
         return _complain(error, 2)

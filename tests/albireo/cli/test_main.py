@@ -34,7 +34,7 @@ def test_wrong_usage(argv: list[str]) -> None:
 
 @pytest.mark.parametrize(
     ("error", "status"),
-    [(ConfigError("no"), 2), (GroupError("no"), 2), (CallFailed("UNAVAILABLE", "no"), 1), (KeyboardInterrupt(), 130)],
+    [(ConfigError("no"), 2), (GroupError("no"), 1), (CallFailed("UNAVAILABLE", "no"), 1), (KeyboardInterrupt(), 130)],
 )
 def test_errors_become_a_line_and_a_status(
     error: BaseException, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
