@@ -16,9 +16,9 @@ from pathlib import Path
 _NUM_TAIL_LINES = 20
 _TAIL_BYTES = 64 << 10
 
-# A child that has beaten once must beat at least so often; a new one has to import its program first.
+# A child that has beaten once must beat at least so often; a new one has to start its interpreter first.
 SILENCE_S = 4.0
-FIRST_BEAT_S = 15.0
+FIRST_BEAT_S = 8.0
 
 # Runs in the child before its program and turns into it: asks the kernel (Linux) for SIGKILL when the parent's thread
 # ends. Done here and not in a preexec_fn, because Python code between fork and exec can deadlock when the parent has

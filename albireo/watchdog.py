@@ -16,13 +16,17 @@ BEAT_INTERVAL_S = 0.5
 
 
 class Watchdog:
-    """The line to this process's supervisor. Sending never waits and never fails."""
+    """The line to this process's supervisor. Sending never waits and never fails.
+
+    Whoever starts beating last is the only one who does: a thread while the program is imported, then its event loop.
+    """
 
     def __init__(self) -> None:
         # Taken out of the environment: a child process must not speak for us.
         path = os.environ.pop("NOTIFY_SOCKET", "")
         self._path = "\0" + path[1:] if path.startswith("@") else path
         self._socket: socket.socket | None = None
+        self._beater: object = None
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
@@ -36,20 +40,22 @@ class Watchdog:
 
     async def keep_beating(self) -> None:
         """Beats as long as the event loop turns."""
+        self._beater = asyncio.current_task()
         while True:
             self.beat()
             await asyncio.sleep(BEAT_INTERVAL_S)
 
     def start_thread(self, may_beat: Callable[[], bool] = lambda: True) -> None:
-        """Beats from a thread of its own for as long as this process runs and ``may_beat`` says so."""
+        """Beats from a thread of its own for as long as ``may_beat`` says so."""
 
         def run() -> None:
             pause = threading.Event()
-            while may_beat():
+            while self._beater is thread and may_beat():
                 self.beat()
                 pause.wait(BEAT_INTERVAL_S)
 
-        threading.Thread(target=run, name="watchdog", daemon=True).start()
+        thread = self._beater = threading.Thread(target=run, name="watchdog", daemon=True)
+        thread.start()
 
     def _send(self, message: bytes) -> None:
         if self._socket is not None:

@@ -15,6 +15,7 @@ from albireo.child import Child, Roll, python_module
 from albireo.config import flag, parse, to_argv
 from albireo.logging import set_up_logging
 from albireo.supervise import supervise
+from albireo.watchdog import Watchdog
 
 # A front end that has drained ends within it.
 _AFTER_DRAIN_S = 5.0
@@ -52,14 +53,16 @@ class SchedulerConfig:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["planner"]:
-        from scheduler_svc.planner.main import main as run_planner
+    if argv[:1] in (["planner"], ["frontend"]):
+        watchdog = Watchdog()
+        watchdog.start_thread()  # importing takes a while
+        if argv[0] == "planner":
+            from scheduler_svc.planner.main import main as run_planner
 
-        return run_planner(argv[1:])
-    if argv[:1] == ["frontend"]:
+            return run_planner(argv[1:], watchdog)
         from scheduler_svc.frontend.main import main as run_frontend
 
-        return run_frontend(argv[1:])
+        return run_frontend(argv[1:], watchdog)
     description = "Runs a planner and its front ends. `planner` or `frontend` as first argument runs one of them alone."
     config = parse(SchedulerConfig, "python -m scheduler_svc", description, argv)
     set_up_logging("scheduler", config.log_level)

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -239,6 +239,24 @@ class Load:
             while not done:
                 async with make_channel(self._target) as channel:
                     done = await self._try(rpc.GenerationStub(channel), case)
+
+    @contextlib.asynccontextmanager
+    async def canaries(self, pause_s: float = 0.0) -> AsyncIterator[None]:
+        """Meanwhile, a canary is sent again and again, with pauses of ``pause_s`` at most."""
+
+        async def send() -> None:
+            while True:
+                await self.canary()
+                await asyncio.sleep(self._rng.uniform(0, pause_s))
+
+        sending = asyncio.create_task(send())
+        try:
+            yield
+            if sending.done():
+                sending.result()  # raises what it met
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
     def report(self) -> dict[str, float]:
         """Figures for people."""

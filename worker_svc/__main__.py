@@ -17,8 +17,8 @@ from albireo.config import parse, to_argv
 from albireo.errors import AlbireoError, GroupError
 from albireo.logging import set_up_logging
 from albireo.supervise import supervise
+from albireo.watchdog import Watchdog
 from worker_svc.config import WorkerConfig
-from worker_svc.rank import run_rank
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     set_up_logging("worker" if config.rank < 0 else f"rank-{config.rank}", config.log_level)
     try:
         if config.rank >= 0:
-            return run_rank(config, Path(config.run_dir))
+            watchdog = Watchdog()
+            watchdog.start_thread()  # importing takes a while
+            from worker_svc.rank import run_rank
+
+            return run_rank(config, Path(config.run_dir), watchdog)
         with contextlib.ExitStack() as stack:
             run_dir = config.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="albireo-group-"))
             return _run_group(dataclasses.replace(config, run_dir=run_dir))

@@ -19,9 +19,9 @@ from worker_svc.relay import NoLeaderError
 log = structlog.get_logger()
 
 
-def run_rank(config: WorkerConfig, run_dir: Path) -> int:
+def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     """Runs rank ``config.rank`` until SIGTERM; returns the process's exit status."""
-    watchdog, deadlines = Watchdog(), Deadlines()
+    deadlines = Deadlines()
     watchdog.start_thread(deadlines.check)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the group decides when it ends
     life = Life(watchdog, deadlines, config.step_timeout)

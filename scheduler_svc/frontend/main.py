@@ -19,12 +19,11 @@ log = structlog.get_logger()
 _FAIL_S = 1.0  # for the last answers, when the front end cannot go on
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None, watchdog: Watchdog) -> int:
     """Runs until SIGTERM or SIGINT.
 
     Exit status: 0 asked to stop, 1 failed while running, 2 the configuration does not work.
     """
-    watchdog = Watchdog()
     config = parse(FrontendConfig, "python -m scheduler_svc frontend", "Serves clients of one planner.", argv)
     set_up_logging(config.name, config.log_level)
     try:

@@ -23,7 +23,7 @@ from scheduler_svc.planner.state import Limits
 log = structlog.get_logger()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None, watchdog: Watchdog) -> int:
     """Runs the planner until SIGTERM; its front ends keep what runs and go on with its successor.
 
     Exit status: 0 asked to stop, 1 failed while running, 2 the configuration does not work.
@@ -31,19 +31,19 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(PlannerConfig, "python -m scheduler_svc planner", "Schedules sequences on one worker group.", argv)
     set_up_logging("planner", config.log_level)
     try:
-        uvloop.run(_run(config))
+        uvloop.run(_run(config, watchdog))
     except AlbireoError as error:
         log.error("planner ends", error=str(error), kind=type(error).__name__)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
 
 
-async def _run(config: PlannerConfig) -> None:
+async def _run(config: PlannerConfig, watchdog: Watchdog) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     stopped = asyncio.create_task(stop.wait())
-    serving = asyncio.create_task(_serve(config))
+    serving = asyncio.create_task(_serve(config, watchdog))
     await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
     serving.cancel()
@@ -53,8 +53,7 @@ async def _run(config: PlannerConfig) -> None:
         log.info("planner ends")
 
 
-async def _serve(config: PlannerConfig) -> None:
-    watchdog = Watchdog()
+async def _serve(config: PlannerConfig, watchdog: Watchdog) -> None:
     beating = asyncio.create_task(watchdog.keep_beating())
     group = GroupLink(config.group)
     server = rpc.make_server(for_peers=True)

@@ -37,11 +37,6 @@ async def storm(stub: rpc.GenerationStub, cases: CasePool, rng: random.Random) -
     await run_case(stub, Answer(case))
 
 
-async def keep_sending_canaries(load: Load) -> None:
-    while True:
-        await load.canary()
-
-
 async def test_cancelled_streams_leave_nothing_behind(tmp_path: Path, stub_model: Path):
     """256 streams on two front ends and a pool for a part of them; every third is cancelled, others storm beside."""
     ports = fixed_ports(5)
@@ -57,16 +52,13 @@ async def test_cancelled_streams_leave_nothing_behind(tmp_path: Path, stub_model
         channels = [make_channel(scheduler.address) for _ in range(NUM_CHANNELS)]
         stubs = [rpc.GenerationStub(channel) for channel in channels]
         async with Load(scheduler.address, "cancels", num_streams=0) as beside:
-            canaries = asyncio.create_task(keep_sending_canaries(beside))
-            streams = [
-                run_one(stubs[i % NUM_CHANNELS], cases, random.Random(rng.random()), cancel=i % 3 == 0)
-                for i in range(NUM_STREAMS)
-            ]
-            storms = [storm(stubs[i % NUM_CHANNELS], cases, random.Random(rng.random())) for i in range(NUM_STORMS)]
-            were_cut, _ = await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*storms))
-            assert not canaries.done() or canaries.result()
-            canaries.cancel()
-            await asyncio.gather(canaries, return_exceptions=True)
+            async with beside.canaries():
+                streams = [
+                    run_one(stubs[i % NUM_CHANNELS], cases, random.Random(rng.random()), cancel=i % 3 == 0)
+                    for i in range(NUM_STREAMS)
+                ]
+                storms = [storm(stubs[i % NUM_CHANNELS], cases, random.Random(rng.random())) for i in range(NUM_STORMS)]
+                were_cut, _ = await asyncio.gather(asyncio.gather(*streams), asyncio.gather(*storms))
             assert sum(were_cut) > NUM_STREAMS // 8, "the cancellations came too late"
             assert beside.num_streams > 3
         for channel in channels:

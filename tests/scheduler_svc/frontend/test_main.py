@@ -18,13 +18,18 @@ from albireo.v1.generation_pb2 import GetModelInfoRequest
 from albireo.v1.generation_pb2_grpc import GenerationStub
 
 pytestmark = pytest.mark.timeout(60)
-_RUN = "import sys; from scheduler_svc.frontend.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 async def start(tmp_path: Path, *argv: str, port: str = "0", **env: str) -> asyncio.subprocess.Process:
     flags = ["--planner", f"unix:{tmp_path}/planner.sock", "--port", port, *argv]
     return await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _RUN, *flags, stderr=asyncio.subprocess.PIPE, env={**os.environ, **env}
+        sys.executable,
+        "-m",
+        "scheduler_svc",
+        "frontend",
+        *flags,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, **env},
     )
 
 
