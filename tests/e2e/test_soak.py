@@ -24,6 +24,9 @@ TOLERANCE_MIB_PER_HOUR = 8.0
 STEP_MIB = 1.0
 # gRPC's own thread pool breathes; a thread lost per request or connection would be hundreds.
 TOLERANCE_THREADS = 2
+# Connections end and begin all the time (they have an age limit): typically one more or less. One lost per connection
+# would be hundreds, too.
+TOLERANCE_FDS = 1
 
 
 @dataclass(frozen=True)
@@ -150,5 +153,5 @@ async def test_nothing_grows(tmp_path: Path, stub_model: Path):
         assert row["slope_mib_per_hour"] < row["tolerance"], f"{name} grows: {row}"
         assert row["threads_growth"] <= TOLERANCE_THREADS, f"{name} leaks threads: {row}"
     for name, several in fds.items():
-        assert growth(several[len(several) // 3 :]) <= 0, f"{name} leaks file descriptors: {several}"
+        assert growth(several[len(several) // 3 :]) <= TOLERANCE_FDS, f"file descriptors leak, {name}: {several}"
     assert shm_growth <= 0
