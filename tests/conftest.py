@@ -9,9 +9,12 @@ from hypothesis import settings
 
 from checkpoints import write_tokenizer
 
-# A shell without job control starts background jobs with SIGINT ignored, and the servers under test would inherit that.
+# A shell without job control starts background jobs with SIGINT ignored, nohup ignores SIGHUP, and the servers under test
+# would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
 settings.register_profile("albireo", deadline=None, derandomize=True)
