@@ -9,8 +9,8 @@ from hypothesis import settings
 
 from checkpoints import write_tokenizer
 
-# A shell without job control starts background jobs with SIGINT ignored, nohup ignores SIGHUP, and the servers under test
-# would inherit that.
+# A shell without job control starts background jobs with SIGINT ignored, nohup ignores SIGHUP, and the servers under
+# test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
