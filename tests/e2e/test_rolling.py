@@ -10,7 +10,7 @@ from services import Service, fixed_ports, scheduler_service, worker_group
 
 pytestmark = pytest.mark.e2e
 
-NUM_RESTARTS = 3
+NUM_RESTARTS = 2
 # A front end drains for half of it at least, until its clients' connections have all been replaced; the longest stream
 # takes less than the other half.
 DRAIN_TIMEOUT_S = 14
