@@ -29,7 +29,7 @@ class Hello(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "is_resumed", "output_token_ids")
+    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "is_resumed", "output_token_ids", "remaining_s")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class Submit(_message.Message):
     TENANT_FIELD_NUMBER: _ClassVar[int]
     IS_RESUMED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    REMAINING_S_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     token_ids: bytes
@@ -52,7 +53,8 @@ class Submit(_message.Message):
     tenant: str
     is_resumed: bool
     output_token_ids: bytes
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., is_resumed: _Optional[bool] = ..., output_token_ids: _Optional[bytes] = ...) -> None: ...
+    remaining_s: float
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., is_resumed: _Optional[bool] = ..., output_token_ids: _Optional[bytes] = ..., remaining_s: _Optional[float] = ...) -> None: ...
 
 class Truncate(_message.Message):
     __slots__ = ("sequence_id", "num_kept")
@@ -63,18 +65,22 @@ class Truncate(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., num_kept: _Optional[int] = ...) -> None: ...
 
 class PlannerMessage(_message.Message):
-    __slots__ = ("welcome", "token_sequence_ids", "token_ids", "ended", "load")
+    __slots__ = ("welcome", "token_sequence_ids", "token_ids", "ended", "load", "started_sequence_ids", "started_num_cached_tokens")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TOKEN_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    STARTED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
+    STARTED_NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     token_sequence_ids: bytes
     token_ids: bytes
     ended: _containers.RepeatedCompositeFieldContainer[Ended]
     load: Load
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., token_sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    started_sequence_ids: bytes
+    started_num_cached_tokens: bytes
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., token_sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., started_sequence_ids: _Optional[bytes] = ..., started_num_cached_tokens: _Optional[bytes] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("group",)
