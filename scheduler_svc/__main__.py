@@ -1,5 +1,7 @@
 """``python -m scheduler_svc``: one planner and its front ends, or ``planner`` / ``frontend`` alone.
 
+``load`` runs clients for measurements (`albireo bench host`).
+
 SIGUSR2 replaces them without losing a request: the planner, then each front end, which drains when its successor is
 ready. Exit statuses are those of `albireo.supervise`.
 """
@@ -38,6 +40,10 @@ class SchedulerConfig:
     max_streams: int = flag(
         4096, "requests that one front end serves at once; more are refused with RESOURCE_EXHAUSTED"
     )
+    max_itl_ms: float = flag(
+        0.0, "prompts are computed in chunks so small that running sequences wait no longer for a token; 0: no limit"
+    )
+    prefix_cache: str = flag("on", "sequences of a tenant that begin alike share KV blocks", ("on", "off"))
     recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
     drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str = flag("", "directory for sockets and logs; default: a temporary one")
@@ -53,13 +59,17 @@ class SchedulerConfig:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] in (["planner"], ["frontend"]):
+    if argv[:1] in (["planner"], ["frontend"], ["load"]):
         watchdog = Watchdog()
         watchdog.start_thread()  # importing takes a while
         if argv[0] == "planner":
             from scheduler_svc.planner.main import main as run_planner
 
             return run_planner(argv[1:], watchdog)
+        if argv[0] == "load":
+            from scheduler_svc.load.main import main as run_load
+
+            return run_load(argv[1:], watchdog)
         from scheduler_svc.frontend.main import main as run_frontend
 
         return run_frontend(argv[1:], watchdog)
@@ -77,8 +87,8 @@ def _children(config: SchedulerConfig, run_dir: Path) -> list[Child]:
     module = python_module("scheduler_svc")
     planner_flags = to_argv(
         config,
-        *("group", "planner", "depth", "max_num_batched_tokens", "max_waiting", "recovery_timeout"),
-        *("metrics_port", "log_level"),
+        *("group", "planner", "depth", "max_num_batched_tokens", "max_waiting", "max_itl_ms", "prefix_cache"),
+        *("recovery_timeout", "metrics_port", "log_level"),
     )
     children = [Child("planner", [*module, "planner", *planner_flags], logs / "planner.log")]
     shared = to_argv(

@@ -17,7 +17,10 @@ class FakeServer(generation_pb2_grpc.GenerationServicer):
     """Completes with the ids 0, 1, 2 ... as text "t0 t1 t2 ", max_tokens of them (3 unless told).
 
     Text prompts become their UTF-8 bytes. A prompt "wait" takes 0.3 s; "abort" ends as aborted; "break" loses the
-    server in the middle; a temperature above 10 is refused.
+    server in the middle; "busy" is refused with a deadline within 30 s; a temperature above 10 is refused.
+
+    Attributes:
+        tenants: of the requests, by their metadata.
     """
 
     info: pb.ModelInfo = field(
@@ -26,6 +29,7 @@ class FakeServer(generation_pb2_grpc.GenerationServicer):
         )
     )
     requests: list[pb.GenerateRequest] = field(default_factory=list)
+    tenants: list[str | None] = field(default_factory=list)
     target: str = ""
     num_open: int = 0
     max_open: int = 0
@@ -41,11 +45,14 @@ class FakeServer(generation_pb2_grpc.GenerationServicer):
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         with self.lock:
             self.requests.append(request)
+            self.tenants.append(dict(context.invocation_metadata()).get("x-tenant"))
             self.num_open += 1
             self.max_open = max(self.max_open, self.num_open)
         try:
             if request.sampling_params.temperature > 10:
                 context.abort(grpc.StatusCode.INVALID_ARGUMENT, "temperature: must be at most 10")
+            if request.text == "busy" and context.time_remaining() < 30:  # without a deadline, aeons
+                context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "the queue takes 30 s")
             if request.text == "wait":
                 time.sleep(0.3)
             for index in range(request.sampling_params.n or 1):

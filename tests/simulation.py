@@ -15,6 +15,7 @@ from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
 from scheduler_svc.planner.commit import Ended, commit_step
 from scheduler_svc.planner.policy import plan_step
+from scheduler_svc.planner.rates import StepRates
 from scheduler_svc.planner.sequence import EndReason
 from scheduler_svc.planner.state import Limits, PlannerState, lose_group, regain_group
 from worker_svc.batch import BatchState, InputBatch
@@ -38,12 +39,18 @@ class Expected:
 
 
 class FenceChecker:
-    """Watches plans and results: a block handed to a sequence must not be touched by a step still in flight."""
+    """Watches plans and results: a block that a sequence will write must be its own, and not touched by a step that is
+    still in flight; a block that it shares must have been computed whole by an earlier plan, for the same tokens."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
         self._tables: dict[int, list[int]] = {}
+        self._tokens: dict[int, list[int]] = {}  # by slot, those that came with the plan
+        self._num_computed: dict[int, int] = {}
+        self._content: dict[int, tuple[int, ...]] = {}  # by block: the tokens up to its end, where all are known
         self._row_slots: list[int] = []
         self._touched: deque[tuple[int, set[int]]] = deque()
+        self.num_shared = 0
 
     def see_plan(self, plan: StepPlan) -> None:
         for slot in plan.finished_slots:
@@ -51,23 +58,54 @@ class FenceChecker:
         busy = set().union(*(blocks for _, blocks in self._touched)) if self._touched else set()
         for new in plan.new_sequences:
             assert new.slot not in self._tables, f"slot {new.slot} is taken while its sequence runs"
-            self._hand_out(new.slot, new.block_table.tolist(), busy)
+            self._tokens[new.slot] = new.token_ids.tolist()
+            self._num_computed[new.slot] = new.num_computed_tokens
+            num_shared = new.num_computed_tokens // self._block_size
+            assert num_shared * self._block_size == new.num_computed_tokens, "part of a block is shared"
+            blocks = new.block_table.tolist()
+            self._share(new.slot, blocks[:num_shared])
+            self._hand_out(new.slot, blocks[num_shared:], busy)
         for slot, block in zip(plan.append_slots.tolist(), plan.append_blocks.tolist(), strict=True):
             self._hand_out(slot, [block], busy)
         if plan.rows is not None:
             self._row_slots = plan.rows.slots.tolist()
         assert len(set(self._row_slots)) == len(self._row_slots), "a sequence has two rows in one step"
         self._touched.append((plan.step_id, {block for slot in self._row_slots for block in self._tables[slot]}))
+        counts = [1] * len(self._row_slots) if plan.rows is None else plan.rows.num_scheduled_tokens.tolist()
+        for slot, count in zip(self._row_slots, counts, strict=True):
+            self._see_writes(slot, count)
 
     def see_result(self, step_id: int) -> None:
         assert self._touched.popleft()[0] == step_id
+
+    def _share(self, slot: int, blocks: list[int]) -> None:
+        for index, block in enumerate(blocks):
+            tokens = tuple(self._tokens[slot][: (index + 1) * self._block_size])
+            known = self._content.get(block)
+            assert known is None or known == tokens, f"block {block} is shared with another history"
+        self._tables.setdefault(slot, []).extend(blocks)
+        self.num_shared += len(blocks)
 
     def _hand_out(self, slot: int, blocks: list[int], busy: set[int]) -> None:
         assert not busy & set(blocks), f"blocks {busy & set(blocks)} are reused before their fence"
         owned = {block for table in self._tables.values() for block in table}
         assert not owned & set(blocks), f"blocks {owned & set(blocks)} have two owners"
         assert len(set(blocks)) == len(blocks)
+        for block in blocks:
+            self._content.pop(block, None)
         self._tables.setdefault(slot, []).extend(blocks)
+
+    def _see_writes(self, slot: int, count: int) -> None:
+        start = self._num_computed[slot]
+        stop = self._num_computed[slot] = start + count
+        size = self._block_size
+        written = set(self._tables[slot][start // size : -(-stop // size)])
+        others = {block for other, table in self._tables.items() if other != slot for block in table}
+        shared = {block for block in written & others if block not in self._content}
+        assert not shared, f"blocks {shared} are written while others hold them"
+        assert not any(block in self._content for block in written), "a block is written again"
+        for index in range(start // size, min(stop, len(self._tokens[slot])) // size):
+            self._content[self._tables[slot][index]] = tuple(self._tokens[slot][: (index + 1) * size])
 
 
 class Simulation:
@@ -83,6 +121,7 @@ class Simulation:
         max_model_len: int = 64,
         max_num_batched_tokens: int = 16,
         vocab_size: int = 53,
+        caches_prefixes: bool = True,
     ) -> None:
         self.limits = Limits(
             block_size=block_size,
@@ -93,8 +132,10 @@ class Simulation:
             vocab_size=vocab_size,
             eos_token_ids=(EOS,),
             depth=depth,
+            caches_prefixes=caches_prefixes,
         )
         self.epoch = 1
+        self.rates = StepRates()
         self.state = PlannerState.make(self.limits, self.epoch)
         self.engines = [StubEngine(self._engine_config(rank, tp_size)) for rank in range(tp_size)]
         for engine in self.engines:
@@ -104,12 +145,16 @@ class Simulation:
             BatchState(max_num_seqs, max_model_len, block_size, num_blocks, vocab_size, max_num_batched_tokens)
             for _ in range(tp_size)
         ]
-        self.checker = FenceChecker()
+        self.checker = FenceChecker(self.limits.block_size)
         self.planned: deque[tuple[int, list[InputBatch]]] = deque()
         self.results: deque[tuple[int, np.ndarray]] = deque()
         self.expected: dict[tuple[int, int], Expected] = {}
         self.num_arrivals = 0
-        self.num_steps = self.num_preemptions = self.num_rowless_plans = 0
+        self.num_steps = self.num_rowless_plans = self.num_computed_tokens = 0
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.state.num_preemptions
 
     def _engine_config(self, rank: int, tp_size: int) -> EngineConfig:
         return EngineConfig(
@@ -137,6 +182,7 @@ class Simulation:
         priority: int = 0,
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
+        tenant: str = "",
         **sampling: float,
     ) -> tuple[int, int]:
         """Submits a sequence and works out its true output; returns its key."""
@@ -150,6 +196,7 @@ class Simulation:
             stop_token_ids=np.array(stop_token_ids, dtype="<i4").tobytes(),
             ignore_eos=ignore_eos,
             priority=priority,
+            tenant=tenant,
         )
         self.send(frontend, submits=[message])
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else {EOS})
@@ -163,11 +210,16 @@ class Simulation:
 
     def send(self, frontend: int, **fields: object) -> None:
         message = frontend_pb2.FrontendMessage(**fields)
-        arrived = apply_message(self.state, frontend, message, self.num_arrivals, now_ns=0)
+        arrived = apply_message(self.state, frontend, message, self.num_arrivals, now_ns=0, rates=self.rates)
         self.num_arrivals += len(message.submits)
         assert not arrived.refused
         for ended in arrived.ended:
             self._see_end(ended)
+
+    def truncate(self, key: tuple[int, int], num_kept: int) -> None:
+        """The front end has found a stop string."""
+        self.send(key[0], truncates=[frontend_pb2.Truncate(sequence_id=key[1], num_kept=num_kept)])
+        self.expected[key].gone = True
 
     def cancel(self, key: tuple[int, int]) -> None:
         self.send(key[0], cancels=[key[1]])
@@ -213,7 +265,7 @@ class Simulation:
     def _restart_ranks(self) -> None:
         self.planned.clear()
         self.results.clear()
-        self.checker = FenceChecker()
+        self.checker = FenceChecker(self.limits.block_size)
         for engine in self.engines:
             engine._cache[:] = 0  # what a restarted rank holds
             engine._last_tokens[:] = 0
@@ -230,8 +282,8 @@ class Simulation:
         batches = [state.apply(plan) for state in self.batch_states]
         self.planned.append((plan.step_id, batches))
         self.num_steps += 1
-        self.num_preemptions += len(planned.preempted)
         self.num_rowless_plans += plan.rows is None
+        self.num_computed_tokens += planned.num_tokens
         assert len(self.state.in_flight) <= self.limits.depth
         return True
 
@@ -277,7 +329,10 @@ class Simulation:
     def check_pool(self) -> None:
         pool, table = self.state.pool, self.state.table
         assert pool.num_free + pool.num_fenced + pool.num_held == pool.num_blocks
-        assert pool.num_held == int(table.num_blocks[table.active].sum())
+        tables = [table.blocks_of(slot) for slot in np.flatnonzero(table.active)]
+        assert (pool._ref_counts == np.bincount(np.concatenate([[0], *tables])[1:], minlength=pool.num_blocks)).all()
+        assert pool.num_free == pool._num_plain + len(pool._cached)
+        assert pool._blocks.keys() == set(pool._hashes.values())
 
     def finish(self) -> None:
         """Runs to the end: everything ends, nothing leaks, in a bounded number of steps."""
@@ -290,6 +345,8 @@ class Simulation:
             assert expected.gone or expected.reason is not None
         self.check_pool()
         assert self.state.pool.num_free == self.state.pool.num_blocks, "leaked blocks"
-        assert self.state.num_running == self.state.num_waiting == 0
+        assert self.state.num_running == self.state.queue.num_waiting == 0
         assert not self.state.draining
+        assert not self.state.coming, "claims that nobody redeems"
+        assert self.state.tenants.num_active == 0
         assert sorted(self.state.table.free_slots) == list(range(self.limits.max_num_seqs))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 _CONNECT_TIMEOUT_S = 10.0
+_GRPCS_OWN_WORDS = "Deadline Exceeded"  # within the details, where no server said why
 
 
 class CallFailed(AlbireoError):
@@ -40,7 +41,7 @@ async def connect(target: str) -> AsyncIterator[tuple["GenerationAsyncStub", pb.
         try:
             info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
         except aio.AioRpcError as error:
-            raise CallFailed(error.code().name, _explain(target, error)) from error
+            raise CallFailed(error.code().name, explain(target, error)) from error
         yield stub, info
 
 
@@ -75,22 +76,43 @@ class Completion:
         }
 
 
-async def stream(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+@dataclass(frozen=True)
+class CallOptions:
+    """What goes with a request and is no part of it.
+
+    Attributes:
+        timeout_s: from the call to the end of its stream; None: no limit.
+        tenant: whom the server counts the request for; empty: its default one.
+    """
+
+    timeout_s: float | None = None
+    tenant: str = ""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("x-tenant", self.tenant),) if self.tenant else ()
+
+
+async def stream(
+    stub: "GenerationAsyncStub", request: pb.GenerateRequest, options: CallOptions = CallOptions()
+) -> AsyncIterator[pb.GenerateResponse]:
     """The responses of one call. Leaving the loop early cancels the call, which aborts the request."""
-    call = stub.Generate(request)
+    call = stub.Generate(request, timeout=options.timeout_s, metadata=options.metadata)
     try:
         async for response in call:
             yield response
     except aio.AioRpcError as error:
-        raise CallFailed(error.code().name, error.details() or "") from error
+        raise CallFailed(error.code().name, _failure(error, options)) from error
     finally:
         call.cancel()
 
 
-async def collect(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> list[Completion]:
+async def collect(
+    stub: "GenerationAsyncStub", request: pb.GenerateRequest, options: CallOptions = CallOptions()
+) -> list[Completion]:
     """The completions of one request, by index."""
     completions: dict[int, Completion] = {}
-    async for response in stream(stub, request):
+    async for response in stream(stub, request, options):
         completions.setdefault(response.index, Completion()).add(response)
     num_expected = max(1, request.sampling_params.n)
     if len(completions) < num_expected or not all(each.finish for each in completions.values()):
@@ -98,10 +120,19 @@ async def collect(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> l
     return [completions[index] for index in sorted(completions)]
 
 
-def _explain(target: str, error: aio.AioRpcError) -> str:
+def _failure(error: aio.AioRpcError, options: CallOptions) -> str:
+    details = error.details() or ""
+    if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED or options.timeout_s is None:
+        return details
+    late = f"the request did not end within its timeout of {options.timeout_s:g} s"
+    return late if not details or _GRPCS_OWN_WORDS in details else f"{late}: {details}"
+
+
+def explain(target: str, error: aio.AioRpcError, service: str = "albireo.v1.Generation") -> str:
+    """Why a call to ``service`` at ``target`` failed, in one line."""
     details = (error.details() or "no details").splitlines()[0]
     if error.code() is grpc.StatusCode.UNIMPLEMENTED:
-        return f"the server at {target} does not offer albireo.v1.Generation"
+        return f"the server at {target} does not offer {service}"
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return f"no Albireo server answers at {target} ({details}); start one with `albireo serve`, or give --target"
     return f"the server at {target} failed: {details}"

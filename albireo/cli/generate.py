@@ -3,13 +3,14 @@
 import argparse
 import asyncio
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from albireo.cli import client, requests
-from albireo.cli.client import CallFailed
+from albireo.cli.client import CallFailed, CallOptions
 from albireo.cli.progress import counting_bar, print_line
 from albireo.errors import ConfigError, InvalidRequest
 from albireo.v1 import generation_pb2 as pb
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from albireo.v1.generation_pb2_grpc import GenerationAsyncStub
 
 _MAX_OPEN_STREAMS = 1024
+_MAX_TENANT_CHARS = 128
 
 _EPILOG = """\
 A line of --prompts is an object with prompt or prompt_token_ids and any of the parameters above by its API name
@@ -37,12 +39,14 @@ def run(argv: Sequence[str]) -> int:
     if (args.prompt is None) == (args.prompts is None):
         parser.error("exactly one of PROMPT and --prompts FILE is needed")
     defaults = requests.flag_values(args)
+    options = CallOptions(timeout_s=args.timeout, tenant=args.tenant)
     requests.build_request({"prompt": "", **defaults})  # a wrong flag is wrong usage, not a refused request
     if args.prompts is not None:
-        return asyncio.run(_answer_lines(args.target, _read_lines(args.prompts), defaults))
+        return asyncio.run(_answer_lines(args.target, _read_lines(args.prompts), defaults, options))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = requests.build_request({"prompt": prompt, **defaults})
-    return asyncio.run(_print_json(args.target, request) if args.json else _print_text(args.target, request))
+    show = _print_json if args.json else _print_text
+    return asyncio.run(show(args.target, request, options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,8 +66,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     parser.add_argument("--prompts", metavar="FILE", help="complete all prompts of a JSON lines file; - is stdin")
+    parser.add_argument(
+        "--timeout", type=_seconds, metavar="S", help="the seconds that each request may take (default: no limit)"
+    )
+    parser.add_argument(
+        "--tenant", type=_tenant, default="", metavar="NAME", help="whom the server counts the requests for"
+    )
     requests.add_flags(parser.add_argument_group("request", "What is not given takes the model's default."))
     return parser
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
+def _tenant(text: str) -> str:
+    if not (len(text) <= _MAX_TENANT_CHARS and text.isascii() and text.isprintable()):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: printable ASCII characters, {_MAX_TENANT_CHARS} at most")
+    return text
 
 
 def _read_lines(file: str) -> list[bytes]:
@@ -74,17 +100,17 @@ def _read_lines(file: str) -> list[bytes]:
     return [line for line in content.split(b"\n") if line.strip()]
 
 
-async def _print_text(target: str, request: pb.GenerateRequest) -> int:
+async def _print_text(target: str, request: pb.GenerateRequest, options: CallOptions) -> int:
     """Streams the text; several completions cannot share a terminal, so they come whole, one after another."""
     async with client.connect(target) as (stub, info):
         n = request.sampling_params.n or info.default_sampling_params.n
         if n > 1:
-            completions = await client.collect(stub, request)
+            completions = await client.collect(stub, request, options)
             for index, each in enumerate(completions):
                 print(f"[{index + 1}/{len(completions)}]\n{each.text}")
         else:
             completions = [client.Completion()]
-            async for response in client.stream(stub, request):
+            async for response in client.stream(stub, request, options):
                 completions[0].add(response)
                 print(response.text, end="", flush=True)
             if not completions[0].text.endswith("\n"):
@@ -94,14 +120,14 @@ async def _print_text(target: str, request: pb.GenerateRequest) -> int:
     return 0
 
 
-async def _print_json(target: str, request: pb.GenerateRequest) -> int:
+async def _print_json(target: str, request: pb.GenerateRequest, options: CallOptions) -> int:
     async with client.connect(target) as (stub, _):
-        answer = await _answer(stub, request)
+        answer = await _answer(stub, request, options)
     print(json.dumps(answer))
     return int("error" in answer)
 
 
-async def _answer_lines(target: str, lines: Sequence[bytes], defaults: Mapping[str, Any]) -> int:
+async def _answer_lines(target: str, lines: Sequence[bytes], defaults: Mapping[str, Any], options: CallOptions) -> int:
     """Runs all lines at once, prints one answer per line, in their order."""
     gate = asyncio.Semaphore(_MAX_OPEN_STREAMS)
     num_errors = 0
@@ -110,7 +136,7 @@ async def _answer_lines(target: str, lines: Sequence[bytes], defaults: Mapping[s
 
             async def answer(line: bytes) -> dict[str, Any]:
                 async with gate:
-                    result = await _answer_line(stub, line, defaults)
+                    result = await _answer_line(stub, line, defaults, options)
                 bar.update()
                 return result
 
@@ -126,17 +152,19 @@ async def _answer_lines(target: str, lines: Sequence[bytes], defaults: Mapping[s
     return int(num_errors > 0)
 
 
-async def _answer_line(stub: "GenerationAsyncStub", line: bytes, defaults: Mapping[str, Any]) -> dict[str, Any]:
+async def _answer_line(
+    stub: "GenerationAsyncStub", line: bytes, defaults: Mapping[str, Any], options: CallOptions
+) -> dict[str, Any]:
     try:
         request = requests.parse_line(line, defaults)
     except InvalidRequest as error:
         return CallFailed(error.status.name, str(error)).to_json()
-    return await _answer(stub, request)
+    return await _answer(stub, request, options)
 
 
-async def _answer(stub: "GenerationAsyncStub", request: pb.GenerateRequest) -> dict[str, Any]:
+async def _answer(stub: "GenerationAsyncStub", request: pb.GenerateRequest, options: CallOptions) -> dict[str, Any]:
     try:
-        completions = [each.to_json() for each in await client.collect(stub, request)]
+        completions = [each.to_json() for each in await client.collect(stub, request, options)]
     except CallFailed as error:
         return error.to_json()
     return completions[0] if len(completions) == 1 else {"choices": completions}

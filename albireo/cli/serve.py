@@ -51,6 +51,10 @@ class ServeConfig:
     max_streams: int = flag(
         4096, "requests that one front end serves at once; more are refused with RESOURCE_EXHAUSTED"
     )
+    max_itl_ms: float = flag(
+        0.0, "prompts are computed in chunks so small that running sequences wait no longer for a token; 0: no limit"
+    )
+    prefix_cache: str = flag("on", "sequences of a tenant that begin alike share KV blocks", ("on", "off"))
     recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
     drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str | None = flag(None, "sockets and logs; else a temporary directory, kept when a service died")
@@ -83,7 +87,7 @@ def check_config(config: ServeConfig) -> ServeConfig:
     for name in ("tp", "frontends", "depth", "max_waiting", "max_streams"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
-    for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib"):
+    for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib", "max_itl_ms"):
         if getattr(config, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     for name in ("recovery_timeout", "drain_timeout"):
@@ -159,7 +163,7 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
         *flags("model", "served_model_name"),
         *("--group", group, "--planner", f"unix:{run_dir.path}/planner.sock"),
         *flags("host", "port", "frontends", "depth"),
-        *flags("max_waiting", "max_streams", "recovery_timeout", "drain_timeout"),
+        *flags("max_waiting", "max_itl_ms", "prefix_cache", "max_streams", "recovery_timeout", "drain_timeout"),
         *("--run-dir", str(run_dir.path)),
         *flags("log_level", "metrics_port"),
     ]

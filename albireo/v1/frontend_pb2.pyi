@@ -9,18 +9,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class FrontendMessage(_message.Message):
-    __slots__ = ("hello", "submits", "truncates", "cancels", "abort_labels")
+    __slots__ = ("hello", "submits", "truncates", "cancels", "abort_labels", "flushes_cache")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMITS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATES_FIELD_NUMBER: _ClassVar[int]
     CANCELS_FIELD_NUMBER: _ClassVar[int]
     ABORT_LABELS_FIELD_NUMBER: _ClassVar[int]
+    FLUSHES_CACHE_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submits: _containers.RepeatedCompositeFieldContainer[Submit]
     truncates: _containers.RepeatedCompositeFieldContainer[Truncate]
     cancels: _containers.RepeatedScalarFieldContainer[int]
     abort_labels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., truncates: _Optional[_Iterable[_Union[Truncate, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., abort_labels: _Optional[_Iterable[str]] = ...) -> None: ...
+    flushes_cache: bool
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submits: _Optional[_Iterable[_Union[Submit, _Mapping]]] = ..., truncates: _Optional[_Iterable[_Union[Truncate, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ..., abort_labels: _Optional[_Iterable[str]] = ..., flushes_cache: _Optional[bool] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("name",)
@@ -29,7 +31,7 @@ class Hello(_message.Message):
     def __init__(self, name: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "is_resumed", "output_token_ids", "remaining_s")
+    __slots__ = ("sequence_id", "request_id", "token_ids", "max_tokens", "sampling", "stop_token_ids", "ignore_eos", "priority", "tenant", "is_resumed", "output_token_ids", "remaining_s", "min_output_tokens")
     SEQUENCE_ID_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +44,7 @@ class Submit(_message.Message):
     IS_RESUMED_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     REMAINING_S_FIELD_NUMBER: _ClassVar[int]
+    MIN_OUTPUT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     sequence_id: int
     request_id: str
     token_ids: bytes
@@ -54,7 +57,8 @@ class Submit(_message.Message):
     is_resumed: bool
     output_token_ids: bytes
     remaining_s: float
-    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., is_resumed: _Optional[bool] = ..., output_token_ids: _Optional[bytes] = ..., remaining_s: _Optional[float] = ...) -> None: ...
+    min_output_tokens: int
+    def __init__(self, sequence_id: _Optional[int] = ..., request_id: _Optional[str] = ..., token_ids: _Optional[bytes] = ..., max_tokens: _Optional[int] = ..., sampling: _Optional[_Union[_plan_pb2.Sampling, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., ignore_eos: _Optional[bool] = ..., priority: _Optional[int] = ..., tenant: _Optional[str] = ..., is_resumed: _Optional[bool] = ..., output_token_ids: _Optional[bytes] = ..., remaining_s: _Optional[float] = ..., min_output_tokens: _Optional[int] = ...) -> None: ...
 
 class Truncate(_message.Message):
     __slots__ = ("sequence_id", "num_kept")

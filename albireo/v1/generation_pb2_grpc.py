@@ -55,7 +55,8 @@ class GenerationServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Streams one or more completions of one prompt. Cancelling the call aborts the request.
+        """Streams one or more completions of one prompt. Cancelling the call aborts the request, and so does its deadline; one
+        that cannot be met is refused with DEADLINE_EXCEEDED. Metadata "x-tenant" names the tenant; absent: the default one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -32,7 +32,9 @@ class GenerationStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> GenerationAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]
-    """Streams one or more completions of one prompt. Cancelling the call aborts the request."""
+    """Streams one or more completions of one prompt. Cancelling the call aborts the request, and so does its deadline; one
+    that cannot be met is refused with DEADLINE_EXCEEDED. Metadata "x-tenant" names the tenant; absent: the default one.
+    """
     Abort: _grpc.UnaryUnaryMultiCallable[_generation_pb2.AbortRequest, _generation_pb2.AbortResponse]
     """Ends every running request with one of these labels; unknown labels are ignored."""
     GetModelInfo: _grpc.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.ModelInfo]
@@ -41,7 +43,9 @@ class GenerationStub:
 class GenerationAsyncStub(GenerationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_generation_pb2.GenerateRequest, _generation_pb2.GenerateResponse]  # type: ignore[assignment]
-    """Streams one or more completions of one prompt. Cancelling the call aborts the request."""
+    """Streams one or more completions of one prompt. Cancelling the call aborts the request, and so does its deadline; one
+    that cannot be met is refused with DEADLINE_EXCEEDED. Metadata "x-tenant" names the tenant; absent: the default one.
+    """
     Abort: _aio.UnaryUnaryMultiCallable[_generation_pb2.AbortRequest, _generation_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends every running request with one of these labels; unknown labels are ignored."""
     GetModelInfo: _aio.UnaryUnaryMultiCallable[_generation_pb2.GetModelInfoRequest, _generation_pb2.ModelInfo]  # type: ignore[assignment]
@@ -53,7 +57,9 @@ class GenerationServicer(metaclass=_abc_1.ABCMeta):
         request: _generation_pb2.GenerateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_generation_pb2.GenerateResponse], _abc.AsyncIterator[_generation_pb2.GenerateResponse]]:
-        """Streams one or more completions of one prompt. Cancelling the call aborts the request."""
+        """Streams one or more completions of one prompt. Cancelling the call aborts the request, and so does its deadline; one
+        that cannot be met is refused with DEADLINE_EXCEEDED. Metadata "x-tenant" names the tenant; absent: the default one.
+        """
 
     @_abc_1.abstractmethod
     def Abort(

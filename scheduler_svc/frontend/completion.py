@@ -31,6 +31,7 @@ class Delta:
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     finish: Finish | None = None
+    num_cached_tokens: int = 0  # of the prompt
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text or self.finish)
@@ -57,6 +58,7 @@ class Completion:
     ) -> None:
         self.index = index
         self.finish: Finish | None = None
+        self.num_cached_tokens = 0  # of the prompt
         self.num_waiting_bytes = 0  # about what was received and not taken
         self._end_ids = end_ids
         self._wants_end_token = wants_end_token
@@ -123,7 +125,7 @@ class Completion:
             text = ""
         if self._end_token is not None and self._wants_end_token:
             token_ids.append(self._end_token)
-        delta = Delta(self.index, self._is_first, token_ids, text, self.finish)
+        delta = Delta(self.index, self._is_first, token_ids, text, self.finish, self.num_cached_tokens)
         self._is_first = self._is_first and not delta
         return delta
 

@@ -13,6 +13,7 @@ from albireo.errors import AlbireoError, GroupUnavailable, Overloaded
 from albireo.v1 import plan_pb2
 from scheduler_svc.frontend.calls import Context, refuse
 from scheduler_svc.frontend.config import FrontendConfig
+from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.model import ServedModel
@@ -75,6 +76,7 @@ class Core:
     async def open(self, fields: RequestFields, in_full: bool = False) -> RequestStream:
         """Validates a request and prepares its stream; entering that submits it."""
         arrived_at = time.monotonic()
+        remaining_s(fields.deadline)  # one that is over at its arrival costs nothing more
         group = self.group
         limits = Limits(vocab_size=group.vocab_size, max_model_len=group.max_model_len)
         text = check_text(fields, limits)

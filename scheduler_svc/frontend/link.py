@@ -6,19 +6,20 @@ still runs with the output that has come. The sequences go on where they were.
 
 import asyncio
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import grpc
-import numpy as np
 import structlog
 from grpc import aio
 
-from albireo.arrays import Int32Array, UInt64Array, pack_int32, unpack_int32, unpack_uint64
 from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.ledger import FRONTEND_COLUMNS, Ledger
 from albireo.rpc import make_channel
-from albireo.v1 import frontend_pb2, frontend_pb2_grpc, plan_pb2
+from albireo.v1 import frontend_pb2, frontend_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
+from scheduler_svc.frontend.deadline import DeadlineExceeded
+from scheduler_svc.frontend.messages import in_messages, started_in, tokens_in
+from scheduler_svc.frontend.outstanding import Outstanding, Receiver
 
 log = structlog.get_logger()
 
@@ -27,37 +28,7 @@ _Call: TypeAlias = "aio.StreamStreamCall[frontend_pb2.FrontendMessage, frontend_
 _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 0.5
 _WELCOME_TIMEOUT_S = 5.0  # a planner that listens welcomes at once
-_MAX_RESUBMIT_BYTES = 16 << 20  # of one message
-
-
-class Receiver(Protocol):
-    """Takes what arrives for one sequence. Its methods run in the reader: they must be short and never wait."""
-
-    def receive(self, token_ids: list[int], now: float) -> None:
-        """New tokens; called at most once per message from the planner."""
-
-    def end(self, ended: frontend_pb2.Ended) -> None:
-        """The sequence is over; nothing comes after it."""
-
-    def fail(self, error: AlbireoError) -> None:
-        """The sequence is lost; nothing comes after it."""
-
-
-class _Sequence:
-    """A sequence that runs at the planner, with all it takes to go on at another one."""
-
-    __slots__ = ("output", "receiver", "submit")
-
-    def __init__(self, submit: frontend_pb2.Submit, receiver: Receiver) -> None:
-        self.submit = frontend_pb2.Submit()
-        self.submit.CopyFrom(submit)
-        self.receiver = receiver
-        self.output = array("i")
-
-    def resumed(self) -> frontend_pb2.Submit:
-        self.submit.is_resumed = True
-        self.submit.output_token_ids = pack_int32(np.frombuffer(self.output, dtype=np.int32)) if self.output else b""
-        return self.submit
+_LEDGER_TIMEOUT_S = 2.0
 
 
 class PlannerLink:
@@ -69,19 +40,21 @@ class PlannerLink:
     Attributes:
         group: known once connected.
         load: the planner's latest figures.
+        ledger: one row per message with tokens.
         on_change: called when `is_serving` may have changed.
     """
 
     def __init__(self, target: str, name: str, recovery_timeout_s: float = 30.0) -> None:
         self.group: plan_pb2.GroupInfo | None = None
         self.load = frontend_pb2.Load()
+        self.ledger = Ledger(name, FRONTEND_COLUMNS)
         self.on_change: Callable[[], None] = lambda: None
         self._target = target
         self._name = name
         self._recovery_timeout_s = recovery_timeout_s
         self._channel = make_channel(target, to_peer=True)
         self._call: _Call | None = None
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, Outstanding] = {}
         self._next_sequence_id = 1
         self._outbox: list[frontend_pb2.FrontendMessage] = []
         self._outbox_filled = asyncio.Event()
@@ -165,20 +138,33 @@ class PlannerLink:
         log.info("went on", sequences=len(self._sequences), after_s=round(time.monotonic() - lost_at, 3))
 
     def _resubmit(self) -> None:
-        """Puts what ran at the lost planner in front of what was never sent to it."""
+        """Puts what ran at the lost planner in front of what was never sent to it; what has no time left fails."""
         unsent = {submit.sequence_id for message in self._outbox for submit in message.submits}
-        sent = [each.resumed() for sequence_id, each in self._sequences.items() if sequence_id not in unsent]
-        self._outbox = [*_in_messages(sent), *self._outbox]
+        submits: dict[int, frontend_pb2.Submit] = {}
+        for sequence_id, sequence in list(self._sequences.items()):
+            try:
+                submits[sequence_id] = sequence.again(was_sent=sequence_id not in unsent)
+            except DeadlineExceeded as error:
+                del self._sequences[sequence_id]
+                sequence.receiver.fail(error)
+        for message in self._outbox:
+            waiting = [submits.pop(one.sequence_id) for one in message.submits if one.sequence_id in submits]
+            del message.submits[:]
+            message.submits.extend(waiting)
+        self._outbox = [*in_messages(submits.values()), *self._outbox]
         if self._outbox:
             self._outbox_filled.set()
 
     def submit(self, submit: frontend_pb2.Submit, receiver: Receiver) -> int:
-        """Queues a sequence; gives it an id and returns that. Raises GroupUnavailable when there is no planner."""
+        """Queues a sequence; gives it an id and returns that. Raises GroupUnavailable when there is no planner.
+
+        ``remaining_s`` counts from now, wherever and whenever the sequence runs.
+        """
         if not self._is_open:
             raise GroupUnavailable("there is no link to the planner")
         sequence_id = submit.sequence_id = self._next_sequence_id
         self._next_sequence_id += 1
-        self._sequences[sequence_id] = _Sequence(submit, receiver)
+        self._sequences[sequence_id] = Outstanding(submit, receiver)
         if self._outbox and self._outbox[-1].abort_labels:
             # In the same message the abort would come after this sequence and end it, too.
             self._outbox.append(frontend_pb2.FrontendMessage())
@@ -200,6 +186,11 @@ class PlannerLink:
         if self._is_open and labels:
             self._pending().abort_labels.extend(labels)
 
+    def flush_cache(self) -> None:
+        """Asks the planner to forget what KV blocks hold."""
+        if self._is_open:
+            self._pending().flushes_cache = True
+
     def fail_all(self, error: AlbireoError) -> None:
         """Fails every sequence."""
         sequences, self._sequences = self._sequences, {}
@@ -207,6 +198,17 @@ class PlannerLink:
             if self._is_attached:
                 self._pending().cancels.append(sequence_id)
             sequence.receiver.fail(error)
+
+    async def read_ledger(self, num_rows: int) -> ledger_pb2.LedgerPages:
+        """The ledger's page, and those of the planner where that answers; ``num_rows`` as in ReadLedgerRequest."""
+        pages = ledger_pb2.LedgerPages(pages=[self.ledger.page(num_rows)])
+        stub = ledger_pb2_grpc.LedgerStub(self._channel)
+        try:
+            request = ledger_pb2.ReadLedgerRequest(num_rows=num_rows)
+            pages.MergeFrom(await stub.Read(request, timeout=_LEDGER_TIMEOUT_S))
+        except aio.AioRpcError as error:
+            log.info("the planner's ledger cannot be read", reason=f"{error.code().name}: {error.details()}")
+        return pages
 
     async def close(self) -> None:
         self._is_open = False
@@ -270,68 +272,42 @@ class PlannerLink:
                     return  # the reader sees why
 
     def _dispatch(self, message: frontend_pb2.PlannerMessage) -> None:
-        now = time.monotonic()
-        if message.token_ids:
-            sequence_ids = unpack_uint64(message.token_sequence_ids)
-            token_ids = unpack_int32(message.token_ids)
-            for sequence_id, tokens in group_tokens(sequence_ids, token_ids):
-                sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
-                if sequence is not None:
-                    sequence.output.extend(tokens)
-                    try:
-                        sequence.receiver.receive(tokens, now)
-                    except Exception:
-                        log.exception("tokens could not be taken", sequence_id=sequence_id)
-                        self._drop(sequence_id, sequence.receiver)
+        """Spreads a message over its sequences. Raises ValueError when it cannot be read."""
+        received_at_ns = time.monotonic_ns()
+        started, tokens = started_in(message), tokens_in(message)
+        for sequence_id, num_cached_tokens in started:
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None and not sequence.has_started:
+                sequence.has_started = True
+                self._tell(sequence_id, sequence.receiver, sequence.receiver.start, num_cached_tokens)
+        for sequence_id, token_ids in tokens:
+            sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
+            if sequence is not None:
+                sequence.output.extend(token_ids)
+                self._tell(sequence_id, sequence.receiver, sequence.receiver.receive, token_ids, received_at_ns / 1e9)
         for ended in message.ended:
             sequence = self._sequences.pop(ended.sequence_id, None)
             if sequence is not None:
-                try:
-                    sequence.receiver.end(ended)
-                except Exception:
-                    log.exception("an end could not be taken", sequence_id=ended.sequence_id)
-                    self._drop(ended.sequence_id, sequence.receiver)
+                self._tell(ended.sequence_id, sequence.receiver, sequence.receiver.end, ended)
+        if tokens:
+            num_tokens = sum(len(token_ids) for _, token_ids in tokens)
+            self.ledger.add(received_at_ns, time.monotonic_ns(), len(tokens), num_tokens)
         if message.HasField("load"):
             was_serving, self.load = self.load.is_serving, message.load
             if was_serving is not self.load.is_serving:
                 self.on_change()
 
-    def _drop(self, sequence_id: int, receiver: Receiver) -> None:
-        """A bug met one sequence: it fails, the others go on."""
-        self.cancel(sequence_id)
-        receiver.fail(AlbireoError("internal error"))
+    def _tell(self, sequence_id: int, receiver: Receiver, tell: Callable[..., None], *args: object) -> None:
+        """Calls a method of the receiver. A bug that it meets fails its sequence; the others go on."""
+        try:
+            tell(*args)
+        except Exception:
+            log.exception("a sequence met a bug", sequence_id=sequence_id)
+            self.cancel(sequence_id)
+            receiver.fail(AlbireoError("internal error"))
 
 
 def _model_of(group: plan_pb2.GroupInfo | None) -> tuple[object, ...]:
     """What must not change while sequences live."""
     assert group is not None
     return group.vocab_size, group.max_model_len, tuple(group.eos_token_ids)
-
-
-def _in_messages(submits: Iterable[frontend_pb2.Submit]) -> list[frontend_pb2.FrontendMessage]:
-    """Packs submits into messages of a bounded size."""
-    messages: list[frontend_pb2.FrontendMessage] = []
-    num_bytes = _MAX_RESUBMIT_BYTES
-    for submit in submits:
-        if num_bytes >= _MAX_RESUBMIT_BYTES:
-            messages.append(frontend_pb2.FrontendMessage())
-            num_bytes = 0
-        messages[-1].submits.append(submit)
-        num_bytes += submit.ByteSize()
-    return messages
-
-
-def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> Iterator[tuple[int, list[int]]]:
-    """Splits two parallel arrays by sequence; each sequence's tokens stay in their order.
-
-    Raises ValueError when the arrays are not parallel.
-    """
-    if len(sequence_ids) != len(token_ids):
-        raise ValueError(f"{len(sequence_ids)} sequence ids and {len(token_ids)} tokens")
-    order = np.argsort(sequence_ids, kind="stable")
-    ids = sequence_ids[order]
-    starts = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
-    tokens = token_ids[order].tolist()
-    bounds = [*starts.tolist(), len(tokens)]
-    for sequence_id, start, stop in zip(ids[starts].tolist(), bounds, bounds[1:], strict=False):
-        yield sequence_id, tokens[start:stop]

@@ -54,6 +54,7 @@ class Metrics(Collector):
         self.registry = CollectorRegistry()
         self.num_prompt_tokens = 0
         self.num_output_tokens = 0
+        self.num_responses = 0
         self.num_streams_open = 0
         self.time_to_first_token = Histogram(_TTFT_BOUNDS)
         self.inter_token_latency = Histogram(_ITL_BOUNDS)
@@ -76,6 +77,9 @@ class Metrics(Collector):
         )
         yield CounterMetricFamily(
             "albireo_frontend_output_tokens", "Tokens received from the planner", self.num_output_tokens
+        )
+        yield CounterMetricFamily(
+            "albireo_frontend_responses", "Messages written to clients of Generate", self.num_responses
         )
         yield GaugeMetricFamily(
             "albireo_frontend_streams_open", "Generate requests that are running", self.num_streams_open

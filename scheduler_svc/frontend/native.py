@@ -5,6 +5,7 @@ from albireo.v1 import generation_pb2, generation_pb2_grpc
 from scheduler_svc.frontend.calls import Context, refuse, tenant_of
 from scheduler_svc.frontend.completion import Delta, Finish
 from scheduler_svc.frontend.core import Core
+from scheduler_svc.frontend.deadline import deadline_in
 from scheduler_svc.frontend.stream import RequestStream
 from scheduler_svc.frontend.validation import RequestFields, SamplingFields, check_labels
 
@@ -19,7 +20,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
         self, request: generation_pb2.GenerateRequest, context: Context
     ) -> None:
         async def generate(request_id: str) -> None:
-            with await self._core.open(_fields(request, request_id, tenant_of(context))) as stream:
+            with await self._core.open(_fields(request, request_id, context)) as stream:
                 while not stream.is_done:
                     await stream.wait()
                     async with self._core.write_slots.slot():
@@ -45,7 +46,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
             raise
 
 
-def _fields(request: generation_pb2.GenerateRequest, request_id: str, tenant: str | None) -> RequestFields:
+def _fields(request: generation_pb2.GenerateRequest, request_id: str, context: Context) -> RequestFields:
     which = request.WhichOneof("prompt")
     return RequestFields(
         request_id=request_id,
@@ -55,7 +56,8 @@ def _fields(request: generation_pb2.GenerateRequest, request_id: str, tenant: st
         wants_text=True,
         wants_stop_token=True,
         priority=request.priority,
-        tenant=tenant,
+        tenant=tenant_of(context),
+        deadline=deadline_in(context.time_remaining()),
     )
 
 
@@ -77,22 +79,29 @@ def _sampling_fields(params: generation_pb2.SamplingParams) -> SamplingFields:
 
 
 def _response(delta: Delta, stream: RequestStream) -> generation_pb2.GenerateResponse:
-    request = stream.request
-    return generation_pb2.GenerateResponse(
+    prompt_ids = stream.request.token_ids
+    response = generation_pb2.GenerateResponse(
         index=delta.index,
         text=delta.text,
         token_ids=delta.token_ids,
-        prompt_token_ids=request.token_ids.tolist() if delta.is_first else (),
-        finish=_finish(delta.finish, len(request.token_ids)) if delta.finish is not None else None,
+        prompt_token_ids=prompt_ids.tolist() if delta.is_first else (),
     )
+    if delta.finish is not None:
+        usage = generation_pb2.Usage(
+            prompt_tokens=len(prompt_ids),
+            completion_tokens=delta.finish.num_output_tokens,
+            cached_tokens=delta.num_cached_tokens,
+        )
+        response.finish.CopyFrom(_finish(delta.finish, usage))
+    return response
 
 
-def _finish(finish: Finish, num_prompt_tokens: int) -> generation_pb2.Finish:
+def _finish(finish: Finish, usage: generation_pb2.Usage) -> generation_pb2.Finish:
     return generation_pb2.Finish(
         reason=finish.reason,
         matched_token_id=finish.matched_token_id,
         matched_stop_str=finish.matched_stop_str,
-        usage=generation_pb2.Usage(prompt_tokens=num_prompt_tokens, completion_tokens=finish.num_output_tokens),
+        usage=usage,
         timings=finish.timings,
     )
 

@@ -1,4 +1,4 @@
-"""The front end as a whole: its gRPC server with both client APIs, its link to the planner, its metrics."""
+"""The front end as a whole: its gRPC server (both client APIs, the ledger), its link to the planner, its metrics."""
 
 import asyncio
 import contextlib
@@ -9,8 +9,8 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from albireo.errors import ConfigError, GroupUnavailable
 from albireo.rpc import Health, add_health, make_server
-from albireo.v1 import generation_pb2_grpc
-from scheduler_svc.frontend import native, vllm_api
+from albireo.v1 import generation_pb2_grpc, ledger_pb2_grpc
+from scheduler_svc.frontend import ledger, native, vllm_api
 from scheduler_svc.frontend.addresses import Addresses
 from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.core import Core
@@ -21,7 +21,7 @@ from scheduler_svc.frontend.model import ServedModel
 
 log = structlog.get_logger()
 
-_SERVICES = (native.SERVICE_NAME, vllm_api.SERVICE_NAME)
+_SERVICES = (native.SERVICE_NAME, vllm_api.SERVICE_NAME, ledger.SERVICE_NAME)
 _MIN_CONNECTION_AGE_S = 1.0
 _AGE_SPREAD = 1.1  # gRPC varies the age of connections by a tenth
 _SUCCESSOR_CHECK_S = 0.25
@@ -58,6 +58,7 @@ class FrontendServer:
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(native.GenerationServicer(self._core), self._server)
         vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm_api.VllmEngineServicer(self._core), self._server)
+        ledger_pb2_grpc.add_LedgerServicer_to_server(ledger.LedgerServicer(self._link), self._server)
         self._health: Health | None = None
         self._on_serving = on_serving
         self._connecting: asyncio.Task[object] | None = None

@@ -13,6 +13,7 @@ from albireo.errors import AlbireoError, Overloaded
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.frontend.calls import Context
 from scheduler_svc.frontend.completion import Completion, Delta
+from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
@@ -39,7 +40,8 @@ class Bounds:
 
 
 class RequestStream:
-    """The sequences of one request. A context manager: on exit, what still runs is cancelled at the planner.
+    """The sequences of one request. A context manager: entered, it submits them (raises DeadlineExceeded, and
+    GroupUnavailable when there is no planner); on exit, what still runs is cancelled at the planner.
 
     Use: until `is_done`, `wait`, then `take`, then `write`. With ``in_full``, nothing is ready before all completions
     are over. ``arrived_at`` is the request's arrival by the monotonic clock.
@@ -129,6 +131,7 @@ class RequestStream:
                     await context.send_initial_metadata(())
                     self._has_written = True
                 await context.write(message)
+            self._metrics.num_responses += 1
         except TimeoutError:
             waited = f"a write has been pending for {self._bounds.write_timeout_s:g} s"
             raise self._error or Overloaded(f"the client reads too slowly: {waited}") from None
@@ -185,6 +188,9 @@ class _Sequence:
         self._stream = stream
         self._last = 0.0  # when tokens came; 0 before the first
 
+    def start(self, num_cached_tokens: int) -> None:
+        self.completion.num_cached_tokens = num_cached_tokens
+
     def receive(self, token_ids: list[int], now: float) -> None:
         stream = self._stream
         metrics = stream._metrics
@@ -230,6 +236,7 @@ def _open_completion(
 
 
 def _submit(request: GenerationRequest) -> frontend_pb2.Submit:
+    """Raises DeadlineExceeded."""
     return frontend_pb2.Submit(
         request_id=request.request_id,
         token_ids=pack_int32(request.token_ids),
@@ -244,4 +251,12 @@ def _submit(request: GenerationRequest) -> frontend_pb2.Submit:
         ignore_eos=request.ignore_eos,
         priority=request.priority,
         tenant=request.tenant,
+        remaining_s=remaining_s(request.deadline),
+        min_output_tokens=_min_output_tokens(request),
     )
+
+
+def _min_output_tokens(request: GenerationRequest) -> int:
+    """Each completion has so many tokens at least."""
+    may_stop = request.stop or request.stop_token_ids or not request.ignore_eos
+    return request.min_tokens if may_stop else request.max_tokens

@@ -20,6 +20,7 @@ import numpy as np
 
 from albireo.arrays import Int32Array
 from albireo.errors import InvalidRequest
+from scheduler_svc.frontend.deadline import NO_DEADLINE
 
 MAX_COMPLETIONS = 128
 MAX_TEMPERATURE = 100.0
@@ -27,15 +28,15 @@ MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 256
+MAX_TENANT_CHARS = 128
 MAX_LABELS = 10_000  # of one Abort
 # Longer text cannot fit, whatever it says; it is refused before a tokeniser spends seconds on it.
 MAX_CHARS_PER_CONTEXT_TOKEN = 64
-DEFAULT_TENANT = "default"
 
 _GREEDY_BELOW = 1e-5
 # They would break a log's lines, or hide what it says.
 _CONTROL_CHARS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_TENANT = re.compile(r"[A-Za-z0-9_.:@-]{1,64}")
+_UNPRINTABLE = re.compile("[^ -~]")  # or not ASCII
 _UINT64 = (1 << 64) - 1
 
 
@@ -85,7 +86,8 @@ class RequestFields:
     wants_text: bool
     wants_stop_token: bool  # among the token ids, when one ended the sequence
     priority: int = 0
-    tenant: str | None = None
+    tenant: str = ""  # the default one
+    deadline: float = NO_DEADLINE  # by the monotonic clock
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,6 +96,7 @@ class GenerationRequest:
 
     request_id: str
     tenant: str
+    deadline: float
     priority: int
     token_ids: Int32Array
     temperature: float
@@ -144,6 +147,7 @@ def validate(
     return GenerationRequest(
         request_id=_request_id(fields.request_id),
         tenant=_tenant(fields.tenant),
+        deadline=fields.deadline,
         priority=fields.priority,
         token_ids=token_ids,
         temperature=_temperature(sampling.temperature, defaults),
@@ -260,11 +264,13 @@ def _request_id(request_id: str) -> str:
     return request_id
 
 
-def _tenant(tenant: str | None) -> str:
-    if tenant is None:
-        return DEFAULT_TENANT
-    if not _TENANT.fullmatch(tenant):
-        raise InvalidRequest(f"x-tenant is {tenant[:80]!r}; it must be 1 to 64 letters, digits or any of _ . : @ -")
+def _tenant(tenant: str) -> str:
+    if len(tenant) > MAX_TENANT_CHARS:
+        raise InvalidRequest(f"x-tenant has {len(tenant)} characters; {MAX_TENANT_CHARS} at most")
+    if unprintable := _UNPRINTABLE.search(tenant):
+        raise InvalidRequest(
+            f"x-tenant[{unprintable.start()}] is {unprintable[0]!r}; it must have printable ASCII characters only"
+        )
     return tenant
 
 

@@ -9,10 +9,11 @@ import time
 from typing import Any
 
 from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 
 from albireo.errors import AlbireoError, NotServed
 from scheduler_svc.frontend import vllm_fields
-from scheduler_svc.frontend.calls import Context, refuse, tenant_of
+from scheduler_svc.frontend.calls import Context, refuse
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.validation import RequestFields, check_labels
 
@@ -21,7 +22,6 @@ SERVICE_NAME = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_na
 _NOT_SERVED = {
     "Embed": "this server generates; it serves no embeddings",
     "GetLoads": "load figures are not served here; use Prometheus metrics",
-    "FlushCache": "there is no prefix cache to flush",
     "StartProfile": "profiling by RPC is not served",
     "StopProfile": "profiling by RPC is not served",
     "GetTokenizer": "tokenizer files are not sent; GetModelInfo names their path",
@@ -35,7 +35,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
 
     async def Generate(self, request: Any, context: Context) -> None:
         async def generate(request_id: str) -> None:
-            fields = vllm_fields.request_fields(request, request_id, tenant_of(context))
+            fields = vllm_fields.request_fields(request, request_id, context)
             if request.stream:
                 await self._stream(fields, context)
             else:
@@ -56,8 +56,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
                         await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
                     if delta.finish is not None:
                         num_tokens = num_sent.get(delta.index, 0)
-                        end = vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, num_tokens, [])
-                        await stream.write(context, end)
+                        await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, []))
 
     async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
         with await self._core.open(fields, in_full=True) as stream:
@@ -66,10 +65,8 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
                 await stream.wait()
                 async with self._core.write_slots.slot():
                     delta = stream.take()
-                    assert delta.finish is not None, "in full"
                     ids = delta.token_ids
-                    end = vllm_fields.complete(delta.index, delta.finish, num_prompt_tokens, len(ids), ids)
-                    await stream.write(context, end)
+                    await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, len(ids), ids))
 
     async def Abort(self, request: Any, context: Context) -> Any:
         try:
@@ -103,8 +100,14 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
     async def GetLoads(self, request: Any, context: Context) -> None:
         await _refuse("GetLoads", context)
 
-    async def FlushCache(self, request: Any, context: Context) -> None:
-        await _refuse("FlushCache", context)
+    async def FlushCache(self, request: Any, context: Context) -> Any:
+        """Requests that come later compute their prompts anew; those that run are not waited for."""
+        try:
+            _ = self._core.group
+        except AlbireoError as error:
+            await refuse(context, error)
+        self._core.link.flush_cache()
+        return common_pb2.FlushCacheResponse(success=True, message="the prefix cache is forgotten")
 
     async def StartProfile(self, request: Any, context: Context) -> None:
         await _refuse("StartProfile", context)

@@ -7,7 +7,9 @@ from smg_grpc_proto import vllm_engine_pb2
 
 from albireo.errors import InvalidRequest, NotServed
 from albireo.v1 import generation_pb2
-from scheduler_svc.frontend.completion import Delta, Finish
+from scheduler_svc.frontend.calls import Context, tenant_of
+from scheduler_svc.frontend.completion import Delta
+from scheduler_svc.frontend.deadline import deadline_in
 from scheduler_svc.frontend.validation import RequestFields, SamplingFields
 
 # Field -> whether a request's value asks for something. The messages come without types.
@@ -37,8 +39,10 @@ _FINISH_REASONS = {
 }
 
 
-def request_fields(request: Any, request_id: str, tenant: str | None) -> RequestFields:
-    """Of a GenerateRequest. Raises NotServed for a parameter that is not served, InvalidRequest for a wrong one.
+def request_fields(request: Any, request_id: str, context: Context) -> RequestFields:
+    """Of a GenerateRequest and its call.
+
+    Raises NotServed for a parameter that is not served, InvalidRequest for a wrong one.
 
     Scalars without presence: 0 is 1 for top_p and n, and all for top_k. What only shapes text
     (spaces_between_special_tokens) or repeats the prompt as text (tokenized.original_text) changes nothing: answers
@@ -54,7 +58,8 @@ def request_fields(request: Any, request_id: str, tenant: str | None) -> Request
         sampling=_sampling_fields(request.sampling_params),
         wants_text=False,
         wants_stop_token=False,
-        tenant=tenant,
+        tenant=tenant_of(context),
+        deadline=deadline_in(context.time_remaining()),
     )
 
 
@@ -65,20 +70,24 @@ def chunk(delta: Delta, num_prompt_tokens: int) -> Any:
             token_ids=delta.token_ids,
             prompt_tokens=num_prompt_tokens,
             completion_tokens=len(delta.token_ids),
+            cached_tokens=delta.num_cached_tokens,
             index=delta.index,
         )
     )
 
 
-def complete(index: int, finish: Finish, num_prompt_tokens: int, num_tokens: int, token_ids: list[int]) -> Any:
-    """A GenerateResponse that ends a completion of ``num_tokens`` tokens."""
+def complete(delta: Delta, num_prompt_tokens: int, num_tokens: int, token_ids: list[int]) -> Any:
+    """A GenerateResponse with the end of a completion of ``num_tokens`` tokens; ``delta`` is its last."""
+    finish = delta.finish
+    assert finish is not None
     return vllm_engine_pb2.GenerateResponse(
         complete=vllm_engine_pb2.GenerateComplete(
             output_ids=token_ids,
             finish_reason=_FINISH_REASONS.get(finish.reason, "error"),
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_tokens,
-            index=index,
+            cached_tokens=delta.num_cached_tokens,
+            index=delta.index,
             matched_token_id=finish.matched_token_id,
             matched_stop_str=finish.matched_stop_str,
         )

@@ -6,18 +6,17 @@ import grpc
 import numpy as np
 
 from albireo.arrays import Int32Array, pack_int32, unpack_int32
+from albireo.block_hash import root_hash
 from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.admission import find_blocks
 from scheduler_svc.planner.commit import Ended
+from scheduler_svc.planner.deadlines import watch_deadline
+from scheduler_svc.planner.messages import Refused
+from scheduler_svc.planner.rates import StepRates
 from scheduler_svc.planner.sequence import EndReason, Place, Sequence
 from scheduler_svc.planner.state import Limits, PlannerState, end, submit
 
-
-class Refused(Exception):
-    """A front end submitted what the group cannot run, or cannot run now."""
-
-    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
-        super().__init__(message)
-        self.code = code
+_MAX_REMAINING_S = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +33,35 @@ class Arrived:
 
 
 def apply_message(
-    state: PlannerState, frontend: int, message: frontend_pb2.FrontendMessage, arrival: int, now_ns: int
+    state: PlannerState,
+    frontend: int,
+    message: frontend_pb2.FrontendMessage,
+    arrival: int,
+    now_ns: int,
+    rates: StepRates,
 ) -> Arrived:
     """Applies one message of a front end. ``arrival`` numbers the message's first sequence."""
     arrived = Arrived([], [])
     for offset, request in enumerate(message.submits):
         try:
             sequence = _sequence(state, frontend, request, arrival + offset)
+            sequence.submitted_ns = now_ns
+            ended = _already_over(state, sequence)
+            least_ns = _least_ns(state, sequence, request, rates) if ended is None else 0
         except Refused as refused:
             arrived.refused.append((request.sequence_id, refused))
             continue
-        sequence.submitted_ns = now_ns
-        ended = _already_over(state, sequence)
-        if ended is None:
-            submit(state, sequence)
-        else:
+        if ended is not None:
             arrived.ended.append(ended)
+            continue
+        submit(state, sequence, request.tenant)
+        if request.remaining_s:
+            sequence.deadline_ns = now_ns + int(request.remaining_s * 1e9)
+            watch_deadline(state, sequence, least_ns)
+    if message.flushes_cache:
+        state.pool.forget_cache()
     for truncate in message.truncates:
-        _end_if_known(state, frontend, truncate.sequence_id)
+        _end_if_known(state, frontend, truncate.sequence_id, truncate.num_kept)
     for sequence_id in message.cancels:
         _end_if_known(state, frontend, sequence_id)
     return arrived
@@ -71,18 +81,18 @@ def end_all_of(state: PlannerState, frontend: int) -> None:
         end(state, sequence)
 
 
-def _end_if_known(state: PlannerState, frontend: int, sequence_id: int) -> None:
+def _end_if_known(state: PlannerState, frontend: int, sequence_id: int, num_kept: int | None = None) -> None:
     """Ends a sequence unless it has ended by itself meanwhile."""
     sequence = state.sequences.get((frontend, sequence_id))
     if sequence is not None:
-        end(state, sequence)
+        end(state, sequence, num_kept)
 
 
 def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, arrival: int) -> Sequence:
     limits = state.limits
     if (frontend, request.sequence_id) in state.sequences:
         raise Refused(f"sequence_id {request.sequence_id} is running already")
-    if state.num_waiting >= limits.max_waiting and not request.is_resumed:
+    if state.queue.num_waiting >= limits.max_waiting and not request.is_resumed:
         raise Refused(f"{limits.max_waiting} sequences wait already", grpc.StatusCode.RESOURCE_EXHAUSTED)
     try:
         prompt = unpack_int32(request.token_ids)
@@ -97,6 +107,8 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
             raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
     if request.max_tokens < 1:
         raise Refused("max_tokens 0; at least 1")
+    if not (0 <= request.remaining_s < _MAX_REMAINING_S):
+        raise Refused(f"remaining_s {request.remaining_s}; from 0 to {_MAX_REMAINING_S}")
     max_total_tokens = min(len(prompt) + request.max_tokens, limits.max_model_len)
     if len(prompt) + len(output) > max_total_tokens:
         raise Refused(f"{len(output)} output tokens, where {max_total_tokens - len(prompt)} is the limit")
@@ -111,7 +123,25 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
         place=Place(-request.priority, arrival),
         stop_token_ids=frozenset(stop_token_ids.tolist()),
         ignore_eos=request.ignore_eos,
+        root=root_hash(request.tenant),
+        min_output_tokens=max(1, min(request.min_output_tokens, max_total_tokens - len(prompt))),
     )
+
+
+def _least_ns(state: PlannerState, sequence: Sequence, request: frontend_pb2.Submit, rates: StepRates) -> int:
+    """What the sequence takes at least. Raises Refused when its deadline does not leave that much."""
+    if not request.remaining_s:
+        return 0
+    num_missing = len(sequence.token_ids) - len(find_blocks(state, sequence)) * state.limits.block_size
+    num_outputs = max(1, sequence.min_output_tokens - (len(sequence.token_ids) - sequence.num_prompt_tokens))
+    least_s = rates.least_s(num_missing, num_outputs, state.limits.max_num_batched_tokens)
+    if not request.remaining_s > least_s:
+        raise Refused(
+            f"deadline: {request.remaining_s:.3g} s are left; at the measured rates {num_missing} prompt tokens and"
+            f" {num_outputs} output tokens take {least_s:.3g} s at least",
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+        )
+    return int(least_s * 1e9)
 
 
 def _already_over(state: PlannerState, sequence: Sequence) -> Ended | None:

@@ -63,7 +63,8 @@ def _commit_running(state: PlannerState, slots: Int32Array, token_ids: Int32Arra
     table.token_ids[slots, num_tokens - 1] = token_ids
     table.num_known_tokens[slots] = num_tokens
     stops = state.is_eos[token_ids] & table.checks_eos[slots]
-    for row in np.flatnonzero(table.has_stop_token_ids[slots]):
+    stops |= (table.stop_token_ids[slots] == token_ids[:, None]).any(axis=1)
+    for row in np.flatnonzero(table.has_more_stop_token_ids[slots]):
         stops[row] |= int(token_ids[row]) in _owner(state, slots[row]).stop_token_ids
     stops &= num_tokens > table.min_total_tokens[slots]
     is_first = num_tokens == table.num_prompt_tokens[slots] + 1

@@ -103,6 +103,11 @@ class FrontEnds:
         if frontend is not None:
             frontend.outbox.add_tokens(sequence_ids, token_ids)
 
+    def post_started(self, index: int, sequence_id: int, num_cached_tokens: int) -> None:
+        frontend = self._attached.get(index)
+        if frontend is not None:
+            frontend.outbox.add_started(sequence_id, num_cached_tokens)
+
     def post_ended(self, index: int, ended: frontend_pb2.Ended) -> None:
         frontend = self._attached.get(index)
         if frontend is not None:

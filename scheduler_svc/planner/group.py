@@ -12,7 +12,7 @@ from grpc import aio
 from albireo.errors import AlbireoError, GroupError, GroupUnavailable
 from albireo.plan import StepPlan, StepResult, decode_result, encode_plan
 from albireo.rpc import make_channel
-from albireo.v1 import plan_pb2, plan_pb2_grpc
+from albireo.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, plan_pb2_grpc
 
 _STATUS_TIMEOUT_S = 2.0
 _POLL_S = 0.1
@@ -84,6 +84,7 @@ class GroupLink:
         self._target = target
         self._channel = make_channel(target, to_peer=True)
         self._stub: plan_pb2_grpc.WorkerGroupAsyncStub = plan_pb2_grpc.WorkerGroupStub(self._channel)
+        self._ledger: ledger_pb2_grpc.LedgerAsyncStub = ledger_pb2_grpc.LedgerStub(self._channel)
 
     def open(self) -> PlanStream:
         return PlanStream(self._channel)
@@ -94,6 +95,14 @@ class GroupLink:
             return await self._stub.GetStatus(plan_pb2.GetStatusRequest(), timeout=_STATUS_TIMEOUT_S)
         except aio.AioRpcError as error:
             raise GroupUnavailable(error.code().name) from error
+
+    async def read_ledger(self, request: ledger_pb2.ReadLedgerRequest) -> ledger_pb2.LedgerPages:
+        """The ranks' pages; none when the leader does not answer in time."""
+        try:
+            return await self._ledger.Read(request, timeout=_STATUS_TIMEOUT_S)
+        except aio.AioRpcError as error:
+            log.info("the group's ledger cannot be read", reason=error.code().name)
+            return ledger_pb2.LedgerPages()
 
     async def wait_until_ready(self) -> plan_pb2.GroupStatus:
         """Waits while the group starts, loads or forms again, for as long as that takes: its own supervisor knows when

@@ -12,11 +12,13 @@ from albireo.config import parse
 from albireo.errors import AlbireoError, ConfigError
 from albireo.logging import set_up_logging
 from albireo.metrics import serve_metrics
-from albireo.v1 import frontend_pb2_grpc, plan_pb2
+from albireo.v1 import frontend_pb2_grpc, ledger_pb2_grpc, plan_pb2
 from albireo.watchdog import Watchdog
 from scheduler_svc.planner.config import PlannerConfig
 from scheduler_svc.planner.frontends import SERVICE_NAME
 from scheduler_svc.planner.group import GroupLink
+from scheduler_svc.planner.ledger import SERVICE_NAME as LEDGER_NAME
+from scheduler_svc.planner.ledger import LedgerServicer
 from scheduler_svc.planner.service import Planner
 from scheduler_svc.planner.state import Limits
 
@@ -59,9 +61,11 @@ async def _serve(config: PlannerConfig, watchdog: Watchdog) -> None:
     server = rpc.make_server(for_peers=True)
     try:
         status = await group.wait_until_ready()
-        planner = Planner(group, status, functools.partial(_limits, config), config.recovery_timeout)
+        limits_of = functools.partial(_limits, config)
+        planner = Planner(group, status, limits_of, config.recovery_timeout, config.max_itl_ms / 1e3)
         frontend_pb2_grpc.add_PlannerServicer_to_server(planner.frontends, server)  # type: ignore[arg-type]  # async
-        health = await rpc.add_health(server, [SERVICE_NAME])
+        ledger_pb2_grpc.add_LedgerServicer_to_server(LedgerServicer(planner.timeline, group), server)
+        health = await rpc.add_health(server, [SERVICE_NAME, LEDGER_NAME])
         server.add_insecure_port(config.planner)
         serve_metrics(config.metrics_port)
         await server.start()
@@ -87,4 +91,5 @@ def _limits(config: PlannerConfig, info: plan_pb2.GroupInfo) -> Limits:
         eos_token_ids=tuple(info.eos_token_ids),
         depth=config.depth,
         max_waiting=config.max_waiting,
+        caches_prefixes=config.prefix_cache == "on",
     )

@@ -15,6 +15,7 @@ class Outbox:
         self._sequence_ids: list[Int64Array] = []
         self._token_ids: list[Int32Array] = []
         self._ended: list[frontend_pb2.Ended] = []
+        self._started: list[tuple[int, int]] = []
         self._load: frontend_pb2.Load | None = None
         self._filled = asyncio.Event()
         self.backlog_tokens = 0
@@ -24,6 +25,10 @@ class Outbox:
         self._sequence_ids.append(sequence_ids)
         self._token_ids.append(token_ids)
         self.backlog_tokens += len(token_ids)
+        self._filled.set()
+
+    def add_started(self, sequence_id: int, num_cached_tokens: int) -> None:
+        self._started.append((sequence_id, num_cached_tokens))
         self._filled.set()
 
     def add_ended(self, ended: frontend_pb2.Ended) -> None:
@@ -46,6 +51,10 @@ class Outbox:
         if self._token_ids:
             message.token_sequence_ids = pack_uint64(np.concatenate(self._sequence_ids))
             message.token_ids = pack_int32(np.concatenate(self._token_ids))
-        self._sequence_ids, self._token_ids, self._ended, self._load = [], [], [], None
+        if self._started:
+            sequence_ids, num_cached_tokens = zip(*self._started, strict=True)
+            message.started_sequence_ids = pack_uint64(sequence_ids)
+            message.started_num_cached_tokens = pack_int32(num_cached_tokens)
+        self._sequence_ids, self._token_ids, self._ended, self._started, self._load = [], [], [], [], None
         self.backlog_tokens = 0
         return message

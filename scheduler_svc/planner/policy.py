@@ -1,4 +1,4 @@
-"""What the next step computes: decodes first, then prompts in progress, then arrivals, under a token budget.
+"""What the next step computes: decodes first, then prompts, under a token budget.
 
 Plan n+1 is made while step n runs. It assumes that every running sequence emits one token in step n (a placeholder),
 so it reads only lengths, never tokens. A sequence known to reach its length limit is left out.
@@ -10,43 +10,60 @@ import numpy as np
 
 from albireo.arrays import Int32Array
 from albireo.plan import NewSequence, Rows, StepPlan
+from scheduler_svc.planner.admission import choose_prompts, make_way
+from scheduler_svc.planner.prefix import publish_chunk
 from scheduler_svc.planner.sequence import Sequence
-from scheduler_svc.planner.state import PlannerState, StepRecord, peek_waiting, pop_waiting, preempt
+from scheduler_svc.planner.state import PlannerState, StepRecord, preempt
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan, and what happened on the way to it."""
+    """A plan, and what it computes."""
 
     plan: StepPlan
+    num_rows: int
     num_tokens: int
+    num_prefill_tokens: int  # of them, those of prompts
     started: list[Sequence]  # took a slot, for the first time or again
-    preempted: list[Sequence]
 
 
 def plan_step(state: PlannerState) -> Planned | None:
     """Plans one more step and books it in ``state``; None when the window is full or nothing can run."""
     if len(state.in_flight) >= state.limits.depth:
         return None
+    make_way(state)
     decodes, prefills, growing = _runnable(state)
-    preempted: list[Sequence] = []
     while len(growing) > state.pool.num_free and len(growing) > _num_coming_blocks(state):
-        preempted.append(preempt(state, int(_in_order(state, np.concatenate([decodes, prefills]))[-1])))
+        preempt(state, _victim(state, np.concatenate([decodes, prefills])))
         decodes, prefills, growing = _runnable(state)
     is_short = len(growing) > state.pool.num_free
     if is_short:
         sitting_out = _in_order(state, growing)[state.pool.num_free :]
         decodes, growing = decodes[~np.isin(decodes, sitting_out)], growing[~np.isin(growing, sitting_out)]
     append_blocks = _grow(state, growing)
-    chunks, budget = _chunks(state, prefills, state.limits.max_num_batched_tokens - len(decodes))
-    started = [] if is_short else _admit(state, chunks, budget)
-    if not len(decodes) and not chunks:
+    prompts = choose_prompts(state, prefills, _prefill_budget(state, len(decodes)), may_start=not is_short)
+    if not len(decodes) and not prompts.slots:
         return None
-    slots = np.concatenate([decodes, np.array([slot for slot, _ in chunks], dtype=np.int32)])
+    slots = np.concatenate([decodes, np.array(prompts.slots, dtype=np.int32)])
     counts = np.ones(len(slots), dtype=np.int32)
-    counts[len(decodes) :] = [count for _, count in chunks]
-    plan = _book(state, slots, counts, started, growing, append_blocks)
-    return Planned(plan, int(counts.sum()), started, preempted)
+    counts[len(decodes) :] = prompts.counts
+    state.tenants.charge_outputs(state.table.tenant[decodes])
+    plan = _book(state, slots, counts, prompts.started, growing, append_blocks)
+    _publish(state, prompts.slots, prompts.counts)
+    num_prefill_tokens = sum(prompts.counts)
+    return Planned(
+        plan,
+        len(slots),
+        len(decodes) + num_prefill_tokens,
+        num_prefill_tokens,
+        prompts.started,
+    )
+
+
+def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
+    """Prompt tokens of this step: what is left of the step's size, and no more than decoding sequences can wait for."""
+    budget = state.limits.max_num_batched_tokens - num_decodes
+    return min(budget, state.max_prefill_tokens) if num_decodes else budget
 
 
 def _runnable(state: PlannerState) -> tuple[Int32Array, Int32Array, Int32Array]:
@@ -76,40 +93,6 @@ def _grow(state: PlannerState, slots: Int32Array) -> Int32Array:
     return blocks
 
 
-def _chunks(state: PlannerState, prefills: Int32Array, budget: int) -> tuple[list[tuple[int, int]], int]:
-    """(slot, number of tokens) of prompts in progress, and the budget that is left."""
-    chunks = []
-    for slot in _in_order(state, prefills):
-        count = min(int(state.table.num_tokens[slot] - state.table.num_computed_tokens[slot]), budget)
-        if count == 0:
-            break
-        chunks.append((int(slot), count))
-        budget -= count
-    return chunks, budget
-
-
-def _admit(state: PlannerState, chunks: list[tuple[int, int]], budget: int) -> list[Sequence]:
-    """Starts waiting sequences in order, while slots, blocks and budget last; adds their first chunks to ``chunks``.
-
-    A sequence gets the blocks of all its tokens at once. One block per running sequence stays free, so that an
-    arrival does not make the others preempt it at once.
-    """
-    started: list[Sequence] = []
-    while budget > 0 and state.table.free_slots:
-        sequence = peek_waiting(state)
-        if sequence is None:
-            break
-        num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
-        if num_blocks + state.num_running > state.pool.num_free:
-            break
-        slot = state.table.take(pop_waiting(state), state.pool.allocate(num_blocks))
-        count = min(len(sequence.token_ids), budget)
-        chunks.append((slot, count))
-        budget -= count
-        started.append(sequence)
-    return started
-
-
 def _book(
     state: PlannerState,
     slots: Int32Array,
@@ -122,6 +105,7 @@ def _book(
     table = state.table
     step_id = state.next_step_id
     state.next_step_id += 1
+    new_sequences = tuple(_new_sequence(state, sequence) for sequence in started)  # before their first tokens count
     table.num_computed_tokens[slots] += counts
     samples = table.num_computed_tokens[slots] == table.num_tokens[slots]
     sampling_slots = slots[samples]
@@ -137,7 +121,7 @@ def _book(
         step_id=step_id,
         rows=None if repeats else rows,
         finished_slots=np.array(freed, dtype=np.int32),
-        new_sequences=tuple(_new_sequence(state, sequence) for sequence in started),
+        new_sequences=new_sequences,
         append_slots=append_slots,
         append_blocks=append_blocks,
     )
@@ -148,10 +132,33 @@ def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
         slot=sequence.slot,
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
-        num_computed_tokens=0,
+        num_computed_tokens=int(state.table.num_computed_tokens[sequence.slot]),
         block_table=state.table.blocks_of(sequence.slot),
         sampling=sequence.sampling,
     )
+
+
+def _publish(state: PlannerState, slots: list[int], counts: list[int]) -> None:
+    """The blocks of prompts that this plan completes can be found from the next plan on."""
+    if not state.limits.caches_prefixes:
+        return
+    table, block_size = state.table, state.limits.block_size
+    for slot, count in zip(slots, counts, strict=True):
+        sequence, stop = table.owners[slot], int(table.num_computed_tokens[slot])
+        assert sequence is not None
+        start_block, stop_block = (stop - count) // block_size, stop // block_size
+        publish_chunk(state.pool, state.coming, sequence, table.block_tables[slot], start_block, stop_block)
+
+
+def _victim(state: PlannerState, slots: Int32Array) -> int:
+    """Which of ``slots`` is preempted when blocks run out: of the lowest priority, of the tenant that holds the most
+    blocks, the newest. The first in order of priority and arrival never is, so there is always progress."""
+    table = state.table
+    held: list[float] = np.bincount(table.tenant[slots], weights=table.num_blocks[slots]).tolist()
+    owners = [owner for slot in slots if (owner := table.owners[slot]) is not None]
+    owners.remove(min(owners, key=lambda each: each.place))
+    victim: Sequence = max(owners, key=lambda each: (each.place.negative_priority, held[each.tenant], each.place))
+    return victim.slot
 
 
 def _in_order(state: PlannerState, slots: Int32Array) -> Int32Array:

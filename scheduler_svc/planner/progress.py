@@ -16,20 +16,22 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self._planned: deque[tuple[int, float]] = deque()  # (size, when) of steps in flight
+        self._planned: deque[tuple[int, int, float]] = deque()  # (size, prompt tokens, when) of steps in flight
         self._recent_s: defaultdict[int, deque[float]] = defaultdict(lambda: deque(maxlen=_NUM_RECENT))
         self._moved_at = 0.0
 
-    def planned(self, num_tokens: int, now: float) -> None:
+    def planned(self, num_tokens: int, num_prefill_tokens: int, now: float) -> None:
         if not self._planned:
             self._moved_at = now
-        self._planned.append((num_tokens.bit_length(), now))
+        self._planned.append((num_tokens.bit_length(), num_prefill_tokens, now))
 
-    def completed(self, now: float) -> None:
-        """The oldest step in flight has brought its result."""
-        size, planned_at = self._planned.popleft()
-        self._recent_s[size].append(now - max(planned_at, self._moved_at))
+    def completed(self, now: float) -> tuple[int, float]:
+        """The oldest step in flight has brought its result; returns its prompt tokens and how long it took."""
+        size, num_prefill_tokens, planned_at = self._planned.popleft()
+        duration_s = now - max(planned_at, self._moved_at)
+        self._recent_s[size].append(duration_s)
         self._moved_at = now
+        return num_prefill_tokens, duration_s
 
     def forget_steps(self, now: float) -> None:
         """The group was lost: nothing is in flight."""

@@ -8,6 +8,8 @@ import numpy as np
 from albireo.arrays import BoolArray, Int32Array, Int64Array
 from albireo.v1 import plan_pb2
 
+MAX_STOP_COLUMNS = 4  # stop ids of a sequence that are compared without Python work; more are rare
+
 
 class Status(enum.Enum):
     WAITING = enum.auto()  # in the queue
@@ -40,6 +42,12 @@ class Sequence:
         num_prompt_tokens: of ``token_ids``.
         max_total_tokens: where it ends at the latest, prompt included.
         stop_token_ids: ids that end it, beside the model's end-of-sequence ids.
+        tenant: whose it is, by index.
+        block_hashes: of the full blocks of ``token_ids``, as many as have been worked out; the first follows ``root``.
+        num_cached_tokens: of the prompt, found in blocks when it ran first; -1 before.
+        min_output_tokens: it cannot end with fewer by itself.
+        deadline_ns: when its client stops waiting, by the service's clock; 0: never.
+        latest_start_ns: when it is too late to start; 0: never.
     """
 
     frontend: int
@@ -52,6 +60,13 @@ class Sequence:
     place: Place
     stop_token_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    tenant: int = 0
+    root: bytes = b""
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_cached_tokens: int = -1
+    min_output_tokens: int = 1
+    deadline_ns: int = 0
+    latest_start_ns: int = 0
     status: Status = Status.WAITING
     slot: int = -1
     last_step: int = -1  # the last step planned with a row of this sequence
@@ -83,6 +98,8 @@ class SlotTable:
         num_tokens: prompt, output and placeholders (tokens planned, not yet sampled).
         num_computed_tokens: tokens whose KV is computed once all planned steps have run.
         num_known_tokens: ``num_tokens`` without placeholders; ``token_ids`` holds so many.
+        stop_token_ids: [max_num_seqs, MAX_STOP_COLUMNS], -1 where there is none.
+        has_more_stop_token_ids: there are more than fit; those of the sequence count.
         last_step: the last step planned with a row of this slot.
     """
 
@@ -98,7 +115,9 @@ class SlotTable:
     min_total_tokens: Int32Array
     max_total_tokens: Int32Array
     checks_eos: BoolArray
-    has_stop_token_ids: BoolArray
+    stop_token_ids: Int32Array
+    has_more_stop_token_ids: BoolArray
+    tenant: Int32Array
     last_step: Int64Array
     num_blocks: Int32Array
     block_tables: Int32Array  # [max_num_seqs, max_blocks]
@@ -123,7 +142,9 @@ class SlotTable:
             min_total_tokens=ints(),
             max_total_tokens=ints(),
             checks_eos=np.zeros(max_num_seqs, dtype=np.bool_),
-            has_stop_token_ids=np.zeros(max_num_seqs, dtype=np.bool_),
+            stop_token_ids=np.full((max_num_seqs, MAX_STOP_COLUMNS), -1, dtype=np.int32),
+            has_more_stop_token_ids=np.zeros(max_num_seqs, dtype=np.bool_),
+            tenant=ints(),
             last_step=np.full(max_num_seqs, -1, dtype=np.int64),
             num_blocks=ints(),
             block_tables=np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32),
@@ -131,8 +152,9 @@ class SlotTable:
             free_slots=list(range(max_num_seqs - 1, -1, -1)),
         )
 
-    def take(self, sequence: Sequence, blocks: Int32Array) -> int:
-        """Gives ``sequence`` a slot; one is free. ``blocks`` hold all of its tokens."""
+    def take(self, sequence: Sequence, blocks: Int32Array, num_computed_tokens: int) -> int:
+        """Gives ``sequence`` a slot; one is free. ``blocks`` are for all of its tokens; of the first
+        ``num_computed_tokens`` they hold the KV already."""
         slot = self.free_slots.pop()
         num_tokens = len(sequence.token_ids)
         self.owners[slot] = sequence
@@ -140,12 +162,13 @@ class SlotTable:
         self.frontend[slot] = sequence.frontend
         self.sequence_id[slot] = sequence.sequence_id
         self.num_tokens[slot] = self.num_known_tokens[slot] = num_tokens
-        self.num_computed_tokens[slot] = 0
+        self.num_computed_tokens[slot] = num_computed_tokens
         self.num_prompt_tokens[slot] = sequence.num_prompt_tokens
         self.min_total_tokens[slot] = sequence.min_total_tokens
         self.max_total_tokens[slot] = sequence.max_total_tokens
         self.checks_eos[slot] = not sequence.ignore_eos
-        self.has_stop_token_ids[slot] = bool(sequence.stop_token_ids)
+        self._set_stop_token_ids(slot, sorted(sequence.stop_token_ids))
+        self.tenant[slot] = sequence.tenant
         self.last_step[slot] = -1
         self.num_blocks[slot] = len(blocks)
         self.block_tables[slot, : len(blocks)] = blocks
@@ -165,6 +188,11 @@ class SlotTable:
         self.generation[slot] += 1
         self.free_slots.append(slot)
         return sequence
+
+    def _set_stop_token_ids(self, slot: int, ids: list[int]) -> None:
+        self.has_more_stop_token_ids[slot] = len(ids) > MAX_STOP_COLUMNS
+        self.stop_token_ids[slot] = -1
+        self.stop_token_ids[slot, : len(ids)] = ids[:MAX_STOP_COLUMNS]
 
     def blocks_of(self, slot: int) -> Int32Array:
         """The blocks that the slot's sequence holds (a copy)."""

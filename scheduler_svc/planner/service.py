@@ -20,25 +20,23 @@ from albireo.errors import GroupError, GroupUnavailable
 from albireo.metrics import Readings
 from albireo.plan import StepResult
 from albireo.rpc import Health
-from albireo.v1 import frontend_pb2, generation_pb2, plan_pb2
-from scheduler_svc.planner.arrivals import Refused, abort_labelled, apply_message, end_all_of
+from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
 from scheduler_svc.planner.commit import Committed, Ended, commit_step
+from scheduler_svc.planner.deadlines import drop_overdue
 from scheduler_svc.planner.frontends import FrontEnds
 from scheduler_svc.planner.group import GroupLink, PlanStream
+from scheduler_svc.planner.messages import Refused, ended_message, refusal_message
 from scheduler_svc.planner.policy import plan_step
 from scheduler_svc.planner.progress import Progress
-from scheduler_svc.planner.sequence import EndReason, Sequence
+from scheduler_svc.planner.rates import StepRates
+from scheduler_svc.planner.sequence import EndReason
 from scheduler_svc.planner.state import Limits, PlannerState, end, lose_group, regain_group
+from scheduler_svc.planner.timeline import Timeline
 
 _WATCH_INTERVAL_S = 0.25
 _SUSPECT_LOSS_AFTER_S = 1.0
 _RETRY_AFTER_S = (1.0, 30.0)  # what a refused client is told, at least and at most
-
-_REASONS = {
-    EndReason.STOP: generation_pb2.FINISH_REASON_STOP,
-    EndReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    EndReason.ABORT: generation_pb2.FINISH_REASON_ABORT,
-}
 
 log = structlog.get_logger()
 
@@ -50,6 +48,8 @@ class Planner:
         status: of the group, which is ready.
         limits_of: what a group can hold, as the planner may use it.
         recovery_timeout_s: so long may a lost group stay away before its sequences fail.
+        max_itl_s: prompts are computed in chunks so small that sequences which decode need not wait longer for their
+            next token; 0: in chunks as large as the group takes.
     """
 
     def __init__(
@@ -58,21 +58,26 @@ class Planner:
         status: plan_pb2.GroupStatus,
         limits_of: Callable[[plan_pb2.GroupInfo], Limits],
         recovery_timeout_s: float,
+        max_itl_s: float = 0.0,
     ) -> None:
         self._group = group
         self._limits_of = limits_of
         self._recovery_timeout_s = recovery_timeout_s
+        self._max_itl_s = max_itl_s
         self._state = PlannerState.make(limits_of(status.info), epoch=status.epoch + 1)
         self._stream: PlanStream | None = group.open()  # None: the group is lost
         self._given_up = ""  # why sequences are refused: the group is away for too long
         self.frontends = FrontEnds(status.info, self._on_message)
         self._messages: deque[tuple[int, frontend_pb2.FrontendMessage | None]] = deque()  # None: it is gone
-        self._results: deque[StepResult] = deque()
+        self._results: deque[tuple[int, StepResult]] = deque()  # with the time of their arrival
         self._woken = asyncio.Event()
         self._progress = Progress()
+        self._rates = StepRates()
+        self.timeline = Timeline()
         self._last_queue_s = 0.0
         self._num_arrivals = 0
-        self._num_steps = self._num_tokens = self._num_preemptions = self._num_recoveries = 0
+        self._num_steps = self._num_tokens = self._num_recoveries = 0
+        self._num_prompt_tokens = self._num_cached_tokens = self._num_overdue = 0
         self._make_metrics()
 
     async def run(self, health: Health) -> None:
@@ -95,7 +100,7 @@ class Planner:
         self._woken.set()
 
     def _on_result(self, result: StepResult) -> None:
-        self._results.append(result)
+        self._results.append((time.monotonic_ns(), result))
         self._woken.set()
 
     async def _step_loop(self) -> None:
@@ -106,46 +111,62 @@ class Planner:
 
     def _take_turn(self, now_ns: int) -> None:
         """Commit, plan, send, deliver. Requests come before plans, so that they join the very next one."""
+        self.timeline.begin_turn()
         messages, self._messages = self._messages, deque()
         committed = self._commit(now_ns)
         for index, message in messages:
             self._apply(index, message, now_ns)
+        if self._state.deadlines:
+            self._drop_overdue(now_ns)
         if self._stream is not None:
             self._plan(self._stream, now_ns)
+        deliver_start_ns = time.monotonic_ns()
         for one in committed:
             self._deliver(one, now_ns)
+        self.timeline.end_turn(deliver_start_ns)
 
     def _commit(self, now_ns: int) -> list[Committed]:
         results, self._results = self._results, deque()
         committed = []
-        for result in results:
+        for result_ns, result in results:
             if self._stream is None or result.epoch != self._state.epoch:
                 continue
+            start_ns = time.monotonic_ns()
             try:
                 committed.append(commit_step(self._state, result.step_id, result.token_ids))
             except GroupError as error:
                 self._stream.fail(str(error))
                 self._lose_group(str(error))
             else:
-                self._progress.completed(now_ns / 1e9)
+                num_prefill_tokens, duration_s = self._progress.completed(result_ns / 1e9)
+                self._rates.observe(num_prefill_tokens, duration_s)
+                self.timeline.committed(result_ns, start_ns)
         return committed
 
     def _plan(self, stream: PlanStream, now_ns: int) -> None:
+        if self._max_itl_s:
+            # At least a block, so that prompts get on whatever the limit.
+            allowed = self._rates.prefill_tokens_within(self._max_itl_s)
+            self._state.max_prefill_tokens = max(allowed, self._state.limits.block_size)
+        start_ns = time.monotonic_ns()
         while (planned := plan_step(self._state)) is not None:
             stream.send(planned.plan)
-            self._progress.planned(planned.num_tokens, now_ns / 1e9)
+            self._progress.planned(planned.num_tokens, planned.num_prefill_tokens, start_ns / 1e9)
+            self.timeline.planned(planned.plan.step_id, start_ns, planned.num_rows, planned.num_tokens)
+            start_ns = time.monotonic_ns()
             self._num_steps += 1
-            self._num_preemptions += len(planned.preempted)
             for sequence in planned.started:
                 if not sequence.scheduled_ns:
                     sequence.scheduled_ns = now_ns
                     self._last_queue_s = (now_ns - sequence.submitted_ns) / 1e9
+                    self._num_prompt_tokens += sequence.num_prompt_tokens
+                    self._num_cached_tokens += sequence.num_cached_tokens
 
     def _apply(self, index: int, message: frontend_pb2.FrontendMessage | None, now_ns: int) -> None:
         if message is None:
             end_all_of(self._state, index)
             return
-        arrived = apply_message(self._state, index, message, self._num_arrivals, now_ns)
+        arrived = apply_message(self._state, index, message, self._num_arrivals, now_ns, self._rates)
         self._num_arrivals += len(message.submits)
         for sequence_id, refused in arrived.refused:
             self._refuse(index, sequence_id, refused)
@@ -160,6 +181,7 @@ class Planner:
         self._num_tokens += len(committed.token_ids)
         for sequence in committed.first_tokens:
             sequence.first_token_ns = now_ns
+            self.frontends.post_started(sequence.frontend, sequence.sequence_id, sequence.num_cached_tokens)
         for index in np.unique(committed.frontends):
             mine = committed.frontends == index
             self.frontends.post_tokens(int(index), committed.sequence_ids[mine], committed.token_ids[mine])
@@ -167,14 +189,20 @@ class Planner:
             self._post_ended(ended, now_ns)
 
     def _post_ended(self, ended: Ended, now_ns: int) -> None:
-        self.frontends.post_ended(ended.sequence.frontend, _ended_message(ended, now_ns))
+        self.frontends.post_ended(ended.sequence.frontend, ended_message(ended, now_ns))
 
     def _refuse(self, index: int, sequence_id: int, refused: Refused) -> None:
-        refusal = frontend_pb2.Refusal(code=refused.code.value[0], message=str(refused))
-        if refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-            # Whoever comes now waits about as long as the one who has just started did.
-            refusal.retry_after_s = min(max(self._last_queue_s, _RETRY_AFTER_S[0]), _RETRY_AFTER_S[1])
-        self.frontends.post_ended(index, frontend_pb2.Ended(sequence_id=sequence_id, refusal=refusal))
+        # Whoever comes now waits about as long as the one who has just started did.
+        retry_after_s = min(max(self._last_queue_s, _RETRY_AFTER_S[0]), _RETRY_AFTER_S[1])
+        self.frontends.post_ended(index, refusal_message(sequence_id, refused, retry_after_s))
+
+    def _drop_overdue(self, now_ns: int) -> None:
+        for sequence in drop_overdue(self._state, now_ns):
+            self._num_overdue += 1
+            waited_s = (now_ns - sequence.submitted_ns) / 1e9
+            state = "it ran out while the request ran" if sequence.scheduled_ns else "too late to begin"
+            late = Refused(f"deadline: {state}, {waited_s:.3g} s after arrival", grpc.StatusCode.DEADLINE_EXCEEDED)
+            self._refuse(sequence.frontend, sequence.sequence_id, late)
 
     # The group: lost and regained.
 
@@ -194,6 +222,7 @@ class Planner:
         self._stream = None
         log.warning("the group is lost", reason=reason, epoch=self._state.epoch, running=self._state.num_running)
         self._progress.forget_steps(time.monotonic())
+        self.timeline.forget_steps()
         for sequence in lose_group(self._state):
             failed = Refused("the worker group failed again and again at this request", grpc.StatusCode.INTERNAL)
             self._refuse(sequence.frontend, sequence.sequence_id, failed)
@@ -258,10 +287,11 @@ class Planner:
                 log.info("health", serving=is_serving, waited_s=round(self._progress.waited_s(now), 3))
             was_serving = is_serving
             self.frontends.drop_stuck(now)
+            self._drop_overdue(time.monotonic_ns())  # where no step's end is near
             self.frontends.post_load(
                 frontend_pb2.Load(
                     num_running=self._state.num_running,
-                    num_waiting=self._state.num_waiting,
+                    num_waiting=self._state.queue.num_waiting,
                     num_used_blocks=self._state.pool.num_held,
                     is_serving=is_serving,
                 )
@@ -273,16 +303,20 @@ class Planner:
         return Readings(
             gauges={
                 "albireo_running_sequences": ("Sequences that own a slot", lambda: state.num_running),
-                "albireo_waiting_sequences": ("Sequences in the queue", lambda: state.num_waiting),
+                "albireo_waiting_sequences": ("Sequences in the queue", lambda: state.queue.num_waiting),
                 "albireo_kv_blocks_used": ("KV blocks held by sequences", lambda: state.pool.num_held),
                 "albireo_kv_blocks": ("KV blocks in all", lambda: state.pool.num_blocks),
+                "albireo_kv_blocks_cached": ("KV blocks that the prefix cache finds", lambda: state.pool.num_cached),
                 "albireo_steps_in_flight": ("Plans sent without a result yet", lambda: len(state.in_flight)),
                 "albireo_frontends": ("Front ends attached", lambda: len(self.frontends)),
             },
             counters={
                 "albireo_planned_steps": ("Steps planned", lambda: self._num_steps),
                 "albireo_output_tokens": ("Output tokens committed", lambda: self._num_tokens),
-                "albireo_preemptions": ("Sequences preempted", lambda: self._num_preemptions),
+                "albireo_preemptions": ("Sequences preempted", lambda: state.num_preemptions),
+                "albireo_prompt_tokens": ("Prompt tokens of sequences that began", lambda: self._num_prompt_tokens),
+                "albireo_cached_tokens": ("Of them, found in the prefix cache", lambda: self._num_cached_tokens),
+                "albireo_overdue": ("Sequences dropped because of their deadline", lambda: self._num_overdue),
                 "albireo_recoveries": ("Times that a lost group came back", lambda: self._num_recoveries),
             },
         )
@@ -302,21 +336,3 @@ def _find_lost(state: PlannerState, status: plan_pb2.GroupStatus) -> tuple[int, 
 def _model_of(info: plan_pb2.GroupInfo) -> tuple[object, ...]:
     """What must not change while sequences live."""
     return info.vocab_size, info.max_model_len, tuple(info.eos_token_ids)
-
-
-def _ended_message(ended: Ended, now_ns: int) -> frontend_pb2.Ended:
-    sequence: Sequence = ended.sequence
-    scheduled_ns = sequence.scheduled_ns or now_ns
-    first_token_ns = sequence.first_token_ns or now_ns
-    return frontend_pb2.Ended(
-        sequence_id=sequence.sequence_id,
-        reason=_REASONS[ended.reason],
-        matched_token_id=ended.matched_token_id,
-        num_output_tokens=len(sequence.token_ids) - sequence.num_prompt_tokens,
-        timings=generation_pb2.Timings(
-            queue_s=(scheduled_ns - sequence.submitted_ns) / 1e9,
-            prefill_s=(first_token_ns - scheduled_ns) / 1e9,
-            decode_s=(now_ns - first_token_ns) / 1e9,
-            num_preemptions=sequence.num_preemptions,
-        ),
-    )

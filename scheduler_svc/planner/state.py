@@ -3,7 +3,6 @@
 Everything here, in `policy` and in `commit` is a pure function of this state: no clock, no I/O.
 """
 
-import heapq
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -12,7 +11,10 @@ import numpy as np
 from albireo.arrays import BoolArray, Int32Array, Int64Array
 from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
-from scheduler_svc.planner.sequence import Place, Sequence, SlotTable, Status
+from scheduler_svc.planner.prefix import ComingBlocks, forget_coming, publish_history
+from scheduler_svc.planner.queue import WaitingQueue
+from scheduler_svc.planner.sequence import Sequence, SlotTable, Status
+from scheduler_svc.planner.tenants import Tenants
 
 _MAX_LOSSES = 5
 
@@ -30,6 +32,7 @@ class Limits:
     eos_token_ids: tuple[int, ...]
     depth: int  # plans in flight at most
     max_waiting: int = 4096  # sequences in the queue; more are refused
+    caches_prefixes: bool = True  # blocks are shared by sequences of a tenant that begin alike
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -60,7 +63,10 @@ class PlannerState:
     """Everything the planner knows.
 
     Attributes:
-        waiting: heap of (place, sequence); ended ones are skipped when met.
+        queue: sequences that wait.
+        coming: prompt blocks that running sequences are about to compute.
+        max_prefill_tokens: prompt tokens of a step in which sequences decode; what their latency allows.
+        deadlines: heap of (when, frontend, sequence_id); sequences may have ended meanwhile.
         draining: preempted sequences that steps in flight still sample for, by the (slot, generation) they had.
         sequences: all that have not ended, by (frontend, sequence_id).
         freed_slots: given up since the last plan; the next one tells the group.
@@ -72,21 +78,26 @@ class PlannerState:
     pool: BlockPool
     table: SlotTable
     is_eos: BoolArray  # [vocab_size]
-    waiting: list[tuple[Place, Sequence]] = field(default_factory=list)
+    tenants: Tenants
+    queue: WaitingQueue
+    coming: ComingBlocks = field(default_factory=dict)
+    max_prefill_tokens: int = 1 << 30
+    deadlines: list[tuple[int, int, int]] = field(default_factory=list)
     draining: dict[tuple[int, int], Sequence] = field(default_factory=dict)
     sequences: dict[tuple[int, int], Sequence] = field(default_factory=dict)
     in_flight: deque[StepRecord] = field(default_factory=deque)
     freed_slots: list[int] = field(default_factory=list)
     last_row_slots: Int32Array = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
     next_step_id: int = 0
-    num_waiting: int = 0
+    num_preemptions: int = 0
 
     @classmethod
     def make(cls, limits: Limits, epoch: int) -> "PlannerState":
         is_eos = np.zeros(limits.vocab_size, dtype=np.bool_)
         is_eos[[token for token in limits.eos_token_ids if token < limits.vocab_size]] = True
         table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
-        return cls(limits, epoch, BlockPool(limits.num_blocks), table, is_eos)
+        tenants = Tenants()
+        return cls(limits, epoch, BlockPool(limits.num_blocks), table, is_eos, tenants, WaitingQueue(tenants))
 
     @property
     def num_running(self) -> int:
@@ -98,34 +109,24 @@ class PlannerState:
         return not self.sequences and not self.in_flight
 
 
-def submit(state: PlannerState, sequence: Sequence) -> None:
+def submit(state: PlannerState, sequence: Sequence, tenant: str) -> None:
     """A sequence arrives. The caller has checked it against the limits."""
+    sequence.tenant = state.tenants.enter(tenant)
     state.sequences[sequence.frontend, sequence.sequence_id] = sequence
-    _enqueue(state, sequence)
+    state.queue.push(sequence)
 
 
-def pop_waiting(state: PlannerState) -> Sequence:
-    """Removes the first sequence that waits; there is one."""
-    sequence = peek_waiting(state)
-    assert sequence is not None
-    heapq.heappop(state.waiting)
-    state.num_waiting -= 1
-    return sequence
+def end(state: PlannerState, sequence: Sequence, num_kept: int | None = None) -> None:
+    """A sequence is over, whatever its status: slot and blocks are given back, tokens in flight will not count.
 
-
-def peek_waiting(state: PlannerState) -> Sequence | None:
-    while state.waiting and state.waiting[0][1].status is not Status.WAITING:
-        heapq.heappop(state.waiting)
-    return state.waiting[0][1] if state.waiting else None
-
-
-def end(state: PlannerState, sequence: Sequence) -> None:
-    """A sequence is over, whatever its status: slot and blocks are given back, tokens in flight will not count."""
+    ``num_kept``: so many of its output tokens count, where its front end found a stop string.
+    """
     if sequence.status is Status.RUNNING:
-        _leave_slot(state, sequence.slot)
+        _leave_slot(state, sequence.slot, num_kept)
     elif sequence.status is Status.WAITING:
-        state.num_waiting -= 1
+        state.queue.forget()
     sequence.status = Status.ENDED
+    state.tenants.leave(sequence.tenant)
     del state.sequences[sequence.frontend, sequence.sequence_id]
 
 
@@ -137,11 +138,12 @@ def preempt(state: PlannerState, slot: int) -> Sequence:
     generation = int(state.table.generation[slot])
     sequence = _leave_slot(state, slot)
     sequence.num_preemptions += 1
+    state.num_preemptions += 1
     if is_in_flight(state, sequence.last_step):
         sequence.status = Status.DRAINING
         state.draining[slot, generation] = sequence
     else:
-        _enqueue(state, sequence)
+        state.queue.push(sequence)
     return sequence
 
 
@@ -151,7 +153,7 @@ def requeue_drained(state: PlannerState, completed_step: int) -> None:
     for key in done:
         sequence = state.draining.pop(key)
         if sequence.status is Status.DRAINING:
-            _enqueue(state, sequence)
+            state.queue.push(sequence)
 
 
 def lose_group(state: PlannerState) -> list[Sequence]:
@@ -170,7 +172,7 @@ def lose_group(state: PlannerState) -> list[Sequence]:
         made_progress = len(sequence.token_ids) > sequence.num_tokens_at_loss
         sequence.num_losses = 1 if made_progress else sequence.num_losses + 1
         sequence.num_tokens_at_loss = len(sequence.token_ids)
-        _enqueue(state, sequence)
+        state.queue.push(sequence)
         if sequence.num_losses >= _MAX_LOSSES:
             suspects.append(sequence)
     for sequence in suspects:
@@ -190,6 +192,7 @@ def _forget_group(state: PlannerState) -> None:
     limits = state.limits
     state.pool = BlockPool(limits.num_blocks)
     state.table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+    state.coming.clear()
     state.in_flight.clear()
     state.freed_slots.clear()
     state.last_row_slots = np.zeros(0, dtype=np.int32)
@@ -199,16 +202,14 @@ def is_in_flight(state: PlannerState, step_id: int) -> bool:
     return bool(state.in_flight) and step_id >= state.in_flight[0].step_id
 
 
-def _enqueue(state: PlannerState, sequence: Sequence) -> None:
-    sequence.status = Status.WAITING
-    heapq.heappush(state.waiting, (sequence.place, sequence))
-    state.num_waiting += 1
-
-
-def _leave_slot(state: PlannerState, slot: int) -> Sequence:
+def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> Sequence:
     blocks = state.table.blocks_of(slot)
+    num_computed = int(state.table.num_computed_tokens[slot])
     sequence = state.table.give_up(slot)
-    fence = sequence.last_step if is_in_flight(state, sequence.last_step) else None
-    state.pool.give_back(blocks, fence)
+    if state.limits.caches_prefixes:
+        forget_coming(state.coming, sequence)
+        num_final = len(sequence.token_ids) if num_kept is None else sequence.num_prompt_tokens + num_kept
+        publish_history(state.pool, sequence, blocks, min(num_computed, num_final), state.limits.block_size)
+    state.pool.give_back(blocks, sequence.last_step)
     state.freed_slots.append(slot)
     return sequence

@@ -124,6 +124,40 @@ def test_an_aborted_request(server: FakeServer, capsys: pytest.CaptureFixture[st
     assert "aborted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("prompt", "timeout", "message"),
+    [
+        ("endless", "0.5", "the request did not end within its timeout of 0.5 s"),
+        ("busy", "20", "the request did not end within its timeout of 20 s: the queue takes 30 s"),
+    ],
+)
+def test_a_timeout(
+    server: FakeServer, prompt: str, timeout: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether it passes, or the server knows before that it will."""
+    argv = [prompt, "--max-tokens", "1000", "--timeout", timeout]
+    assert run(server, *argv) == 1
+    assert capsys.readouterr().err == f"albireo: DEADLINE_EXCEEDED: {message}\n"
+    assert run(server, *argv, "--json") == 1
+    assert json.loads(capsys.readouterr().out) == {"error": {"code": "DEADLINE_EXCEEDED", "message": message}}
+
+
+def test_each_line_has_the_timeout_and_the_tenant(
+    server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"prompt": prompt, "max_tokens": 100} for prompt in ("endless", "a")]
+    assert run(server, "--prompts", lines_file(tmp_path, *lines), "--timeout", "0.5", "--tenant", "a team") == 1
+    late, answer = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert late["error"]["code"] == "DEADLINE_EXCEEDED"
+    assert len(answer["token_ids"]) == 100
+    assert server.tenants == ["a team"] * 2
+
+
+def test_without_flags_there_is_no_timeout_and_no_tenant(server: FakeServer) -> None:
+    assert run(server, "busy") == 0
+    assert server.tenants == [None]
+
+
 def test_lines_keep_their_order(server: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """They run at the same time, whatever each takes."""
     lines = [{"prompt": "wait" if i % 3 == 0 else f"p{i}", "max_tokens": i + 1} for i in range(24)]
@@ -202,7 +236,21 @@ def test_a_wrong_value_is_wrong_usage(dead_target: str, capsys: pytest.CaptureFi
     assert capsys.readouterr().err == "albireo: max_tokens: -1 is out of range\n"
 
 
-@pytest.mark.parametrize("argv", [[], ["x", "--prompts", "f"], ["--prompt", "x"], ["x", "--max-tokens", "five"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["x", "--prompts", "f"],
+        ["--prompt", "x"],
+        ["x", "--max-tokens", "five"],
+        ["x", "--timeout", "0"],
+        ["x", "--timeout", "inf"],
+        ["x", "--timeout", "soon"],
+        ["x", "--tenant", "é"],
+        ["x", "--tenant", "a\nb"],
+        ["x", "--tenant", "x" * 129],
+    ],
+)
 def test_wrong_usage(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["generate", *argv])

@@ -152,7 +152,7 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
     assert scheduler.argv[start:] == [
         *("scheduler_svc", "--model", "/m", "--served-model-name", "m", "--group", f"unix:{tmp_path}/group.sock"),
         *("--planner", f"unix:{tmp_path}/planner.sock", "--host", "127.0.0.1", "--port", "50051", "--frontends", "1"),
-        *("--depth", "2", "--max-waiting", "4096", "--max-streams", "4096"),
+        *("--depth", "2", "--max-waiting", "4096", "--prefix-cache", "on", "--max-streams", "4096"),
         *("--recovery-timeout", "30.0", "--drain-timeout", "2"),
         *("--run-dir", str(tmp_path), "--log-level", "info", "--metrics-port", "9000"),
     ]

@@ -117,6 +117,7 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         self.truncates: asyncio.Queue[frontend_pb2.Truncate] = asyncio.Queue()
         self.cancels: asyncio.Queue[int] = asyncio.Queue()
         self.aborts: asyncio.Queue[str] = asyncio.Queue()
+        self.flushed = asyncio.Event()
         self.ready = asyncio.Event()  # the group has loaded
         self.ready.set()
         self.load = frontend_pb2.Load(is_serving=True)
@@ -129,6 +130,8 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         welcome = frontend_pb2.Welcome(group=self.group)
         await context.write(frontend_pb2.PlannerMessage(welcome=welcome, load=self.load))
         async for message in request_iterator:
+            if message.flushes_cache:
+                self.flushed.set()
             for queue, items in (
                 (self.submits, message.submits),
                 (self.truncates, message.truncates),
@@ -138,15 +141,25 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
                 for item in items:
                     queue.put_nowait(item)
 
-    async def send(self, *tokens: tuple[int, int], ended: tuple[frontend_pb2.Ended, ...] = ()) -> None:
-        """One message; ``tokens`` are (sequence id, token id)."""
-        await self._context.write(
+    async def send(
+        self,
+        *tokens: tuple[int, int],
+        ended: tuple[frontend_pb2.Ended, ...] = (),
+        started: tuple[tuple[int, int], ...] = (),
+    ) -> None:
+        """One message; ``tokens`` are (sequence id, token id), ``started`` (sequence id, number of cached tokens)."""
+        await self.send_message(
             frontend_pb2.PlannerMessage(
                 token_sequence_ids=pack_uint64([sequence_id for sequence_id, _ in tokens]),
                 token_ids=pack_int32([token_id for _, token_id in tokens]),
                 ended=ended,
+                started_sequence_ids=pack_uint64([sequence_id for sequence_id, _ in started]),
+                started_num_cached_tokens=pack_int32([num_cached_tokens for _, num_cached_tokens in started]),
             )
         )
+
+    async def send_message(self, message: frontend_pb2.PlannerMessage) -> None:
+        await self._context.write(message)
 
     async def say_serving(self, is_serving: bool) -> None:
         self.load = frontend_pb2.Load(is_serving=is_serving)

@@ -4,25 +4,28 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from albireo.arrays import unpack_int32
+from albireo.arrays import pack_uint64, unpack_int32
 from albireo.errors import AlbireoError, GroupUnavailable
 from albireo.rpc import make_server
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc
-from scheduler_svc.frontend.link import PlannerLink, _in_messages, group_tokens
+from scheduler_svc.frontend.deadline import DeadlineExceeded
+from scheduler_svc.frontend.link import PlannerLink
 
 
 class Inbox:
     """Notes what it gets."""
 
     def __init__(self) -> None:
+        self.starts: list[int] = []
         self.batches: list[list[int]] = []
         self.ended: frontend_pb2.Ended | None = None
         self.error: AlbireoError | None = None
+
+    def start(self, num_cached_tokens: int) -> None:
+        assert not self.batches
+        self.starts.append(num_cached_tokens)
 
     def receive(self, token_ids: list[int], now: float) -> None:
         self.batches.append(token_ids)
@@ -65,22 +68,15 @@ async def link(planner_server: Any, tmp_path: Path) -> Any:
     await link.close()
 
 
-@given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(1, 4), st.integers(0, 2**31 - 1)), min_size=1))
-def test_tokens_are_grouped_by_sequence_in_their_order(tokens: list[tuple[int, int]]) -> None:
-    """One batch per sequence, with all of its tokens."""
-    expected: dict[int, list[int]] = {}
-    for sequence_id, token_id in tokens:
-        expected.setdefault(sequence_id, []).append(token_id)
-    sequence_ids = np.array([sequence_id for sequence_id, _ in tokens], dtype=np.uint64)
-    token_ids = np.array([token_id for _, token_id in tokens], dtype=np.int32)
-    batches = list(group_tokens(sequence_ids, token_ids))
-    assert len(batches) == len(expected)
-    assert dict(batches) == expected
-
-
-def test_arrays_that_are_not_parallel_are_an_error() -> None:
-    with pytest.raises(ValueError, match="2 sequence ids and 1 tokens"):
-        list(group_tokens(np.array([1, 2], dtype=np.uint64), np.array([1], dtype=np.int32)))
+async def test_a_message_that_cannot_be_read_costs_the_link_and_no_sequence(link: Any, planner: Any) -> None:
+    """It is attached again, and the sequence submitted again."""
+    inbox = Inbox()
+    link.submit(frontend_pb2.Submit(), inbox)
+    await planner.submits.get()
+    await planner.send_message(frontend_pb2.PlannerMessage(started_sequence_ids=pack_uint64([1])))
+    async with asyncio.timeout(10):
+        assert (await planner.submits.get()).is_resumed
+    assert (inbox.starts, inbox.batches, inbox.error) == ([], [], None)
 
 
 async def test_sequence_ids_increase_and_what_gathers_goes_in_one_message(link: Any, planner: Any) -> None:
@@ -275,9 +271,77 @@ async def test_a_planner_with_another_model_is_not_gone_on_with(
     await server.stop(None)
 
 
-def test_resubmission_is_packed_into_messages_of_a_bounded_size() -> None:
-    submits = [frontend_pb2.Submit(sequence_id=i, token_ids=bytes(3 << 20)) for i in range(20)]
-    messages = _in_messages(submits)
-    assert [submit.sequence_id for message in messages for submit in message.submits] == list(range(20))
-    assert len(messages) > 1
-    assert max(message.ByteSize() for message in messages) < 32 << 20
+async def test_a_sequence_is_told_once_how_much_of_its_prompt_was_cached(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
+    """Before its tokens, also of the same message; where it goes on elsewhere, the first answer stays."""
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
+    await link.connect(10)
+    running = asyncio.create_task(link.run())
+    early, late = Inbox(), Inbox()
+    for inbox in (early, late):
+        link.submit(frontend_pb2.Submit(), inbox)
+        await planner.submits.get()
+    await planner.send((1, 10), started=((1, 32), (99, 1)))
+    await until(lambda: early.batches)
+    await planner_server.stop(None)
+    await until(lambda: not link._is_attached)
+    server = await serve(planner, tmp_path / "planner.sock")
+    async with asyncio.timeout(10):
+        _ = [await planner.submits.get() for _ in range(2)]
+    await planner.send((1, 11), (2, 20), started=((1, 33), (2, 0)))
+    await until(lambda: late.batches)
+    assert (early.starts, late.starts) == ([32], [0])
+    assert early.batches == [[10], [11]]
+    running.cancel()
+    await link.close()
+    await server.stop(None)
+
+
+async def test_a_deadline_stays_where_it_is_when_a_sequence_is_submitted_again(
+    planner: Any, planner_server: Any, tmp_path: Path
+) -> None:
+    """Sent before or not: what is left then counts. What has nothing left fails, and no planner sees it."""
+    link = PlannerLink(f"unix:{tmp_path}/planner.sock", "f")
+    await link.connect(10)
+    running = asyncio.create_task(link.run())
+    inboxes = {label: Inbox() for label in ("long", "short", "none", "unsent short", "unsent long")}
+
+    def submit(label: str, remaining_s: float) -> None:
+        link.submit(frontend_pb2.Submit(request_id=label, remaining_s=remaining_s), inboxes[label])
+
+    submit("long", 60)
+    submit("short", 0.3)
+    submit("none", 0)
+    assert [(await planner.submits.get()).remaining_s for _ in range(3)] == [60, 0.3, 0]
+    await planner_server.stop(None)
+    await until(lambda: not link._is_attached)
+    submit("unsent short", 0.3)
+    submit("unsent long", 60)
+    await asyncio.sleep(0.4)
+    server = await serve(planner, tmp_path / "planner.sock")
+    async with asyncio.timeout(10):
+        again = [await planner.submits.get() for _ in range(3)]
+    assert [(one.request_id, one.is_resumed) for one in again] == [
+        ("long", True),
+        ("none", True),
+        ("unsent long", False),
+    ]
+    assert 50 < again[0].remaining_s < 59.7
+    assert again[1].remaining_s == 0
+    assert 50 < again[2].remaining_s < 59.7
+    assert planner.submits.empty()
+    for label, inbox in inboxes.items():
+        assert isinstance(inbox.error, DeadlineExceeded) is label.endswith("short")
+    running.cancel()
+    await link.close()
+    await server.stop(None)
+
+
+async def test_what_is_submitted_again_and_again_lost_stays_resumed(link: Any) -> None:
+    """A link that is lost before it has written must not make a sequence new."""
+    link.submit(frontend_pb2.Submit(), Inbox())
+    link._outbox.clear()  # as when it was written
+    for _ in range(2):
+        link._resubmit()
+        assert [submit.is_resumed for message in link._outbox for submit in message.submits] == [True]

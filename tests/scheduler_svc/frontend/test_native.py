@@ -134,12 +134,6 @@ async def test_cancelling_the_call_cancels_what_still_runs(world: Any, ids: Ids)
     assert world.planner.cancels.empty()
 
 
-async def test_a_deadline_that_passes_cancels_the_sequence(world: Any) -> None:
-    error = await failure(world.native.Generate(request(), timeout=0.1))
-    assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert await world.planner.cancels.get() == 1
-
-
 async def test_abort_goes_to_the_planner_by_label(world: Any, ids: Ids) -> None:
     """The planner's answer ends the stream; text so far stays. An empty label stands for nothing."""
     call = world.native.Generate(request(request_id="mine"))

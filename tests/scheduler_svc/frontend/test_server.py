@@ -166,8 +166,7 @@ async def test_requests_tokens_and_latencies_are_counted(world: Any, ids: Ids) -
     submit = await world.planner.submits.get()
     assert "albireo_frontend_streams_open 1.0" in generate_latest(world.core.metrics.registry).decode()
     await world.planner.run(submit.sequence_id, ids("a", "a", "a"))
-    async for _ in call:
-        pass
+    num_responses = len([response async for response in call])
     await failure(world.native.Generate(GenerateRequest()))
     text = generate_latest(world.core.metrics.registry).decode()
     for line in (
@@ -175,6 +174,7 @@ async def test_requests_tokens_and_latencies_are_counted(world: Any, ids: Ids) -
         'albireo_frontend_requests_total{outcome="invalid_argument"} 1.0',
         "albireo_frontend_prompt_tokens_total 2.0",
         "albireo_frontend_output_tokens_total 3.0",
+        f"albireo_frontend_responses_total {num_responses}.0",
         "albireo_frontend_streams_open 0.0",
         'albireo_frontend_time_to_first_token_seconds_bucket{le="+Inf"} 1.0',
         'albireo_frontend_inter_token_latency_seconds_bucket{le="+Inf"} 2.0',
@@ -186,7 +186,12 @@ async def test_services_can_be_listed(world: Any) -> None:
     stub: Any = reflection_pb2_grpc.ServerReflectionStub(world.channel)
     call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
     names = {service.name for service in (await call.read()).list_services_response.service}
-    assert {"albireo.v1.Generation", "vllm.grpc.engine.VllmEngine", "grpc.health.v1.Health"} <= names
+    assert {
+        "albireo.v1.Generation",
+        "albireo.v1.Ledger",
+        "vllm.grpc.engine.VllmEngine",
+        "grpc.health.v1.Health",
+    } <= names
 
 
 async def test_stopping_lets_streams_finish_and_fails_the_rest(world: Any, ids: Ids) -> None:

@@ -20,7 +20,7 @@ from scheduler_svc.frontend.validation import (
 LIMITS = Limits(vocab_size=100, max_model_len=16)
 
 
-def request(prompt: Any = (1, 2, 3), request_id: str = "r", tenant: str | None = None, **sampling: Any) -> Any:
+def request(prompt: Any = (1, 2, 3), request_id: str = "r", tenant: str = "", **sampling: Any) -> Any:
     return RequestFields(
         request_id=request_id,
         prompt=prompt,
@@ -63,8 +63,9 @@ def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> Genera
         ({"request_id": "x" * 257}, "request_id has 257 characters; 256 at most"),
         ({"request_id": "a\nb"}, r"request_id\[1\] is '\\n'; it must not have control characters"),
         ({"request_id": "\u2028"}, r"request_id\[0\] is '\\u2028'"),
-        ({"tenant": "a b"}, "x-tenant is 'a b'"),
-        ({"tenant": ""}, "x-tenant is ''"),
+        ({"tenant": "x" * 129}, "x-tenant has 129 characters; 128 at most"),
+        ({"tenant": "a\nb"}, r"x-tenant\[1\] is '\\n'; it must have printable ASCII characters only"),
+        ({"tenant": "é"}, r"x-tenant\[0\] is 'é'"),
     ],
 )
 def test_a_wrong_field_is_named_with_value_and_limit(fields: dict[str, Any], message: str) -> None:
@@ -93,7 +94,7 @@ def test_token_ids_need_no_tokeniser() -> None:
 def test_absent_fields_take_the_models_defaults() -> None:
     given = validated(SamplingDefaults(temperature=0.5, top_p=0.75, top_k=7))
     assert (given.temperature, given.top_p, given.top_k) == (0.5, 0.75, 7)
-    assert (given.max_tokens, given.min_tokens, given.n, given.tenant) == (13, 0, 1, "default")
+    assert (given.max_tokens, given.min_tokens, given.n, given.tenant) == (13, 0, 1, "")
     assert given.token_ids.dtype == np.int32
 
 

@@ -135,6 +135,19 @@ async def test_abort_ends_the_stream(world: Any, ids: Ids) -> None:
     assert responses[-1].complete.finish_reason == "abort"
 
 
+async def test_the_tenant_is_the_metadatas(world: Any) -> None:
+    """Absent, it is the default one, which has no name."""
+    for metadata, tenant in (((("x-tenant", "a team"),), "a team"), ((), "")):
+        call = world.vllm.Generate(request(), metadata=metadata)
+        assert (await world.planner.submits.get()).tenant == tenant
+        call.cancel()
+    error = await failure(world.vllm.Generate(request(), metadata=(("x-tenant", "x" * 129),)))
+    assert (error.code(), error.details()) == (
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "x-tenant has 129 characters; 128 at most",
+    )
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_cancelling_the_call_cancels_its_sequences(world: Any, stream: bool) -> None:
     call = world.vllm.Generate(request(stream=stream, n=2))
@@ -252,12 +265,17 @@ async def test_information_for_gateways(world: Any, model_path: Any, ids: Ids) -
     assert (server.max_num_seqs, server.data_parallel_size, server.block_size) == (8, 1, 32)
 
 
+async def test_flushing_the_cache_reaches_the_planner(world: Any) -> None:
+    answer = await world.vllm.FlushCache(common_pb2.FlushCacheRequest())
+    assert answer.success
+    await world.planner.flushed.wait()
+
+
 @pytest.mark.parametrize(
     ("rpc", "message"),
     [
         ("Embed", pb.EmbedRequest()),
         ("GetLoads", pb.GetLoadsRequest()),
-        ("FlushCache", common_pb2.FlushCacheRequest()),
         ("StartProfile", common_pb2.StartProfileRequest()),
         ("StopProfile", common_pb2.StopProfileRequest()),
         ("GetTokenizer", common_pb2.GetTokenizerRequest()),

@@ -143,7 +143,7 @@ class FakeLeader:
         for new in plan.new_sequences:
             if new.token_ids[0] == self.poison:
                 return None, row_slots
-            histories[new.slot], computed[new.slot] = new.token_ids.tolist(), 0
+            histories[new.slot], computed[new.slot] = new.token_ids.tolist(), new.num_computed_tokens
         rows: Rows = decode_rows(row_slots) if plan.rows is None else plan.rows
         tokens = []
         for slot, count, samples in zip(rows.slots.tolist(), rows.num_scheduled_tokens, rows.samples, strict=True):
@@ -162,6 +162,9 @@ class Inbox:
         self.ended: frontend_pb2.Ended | None = None
         self.error: AlbireoError | None = None
         self.over = asyncio.Event()
+
+    def start(self, num_cached_tokens: int) -> None:
+        self.num_cached_tokens = num_cached_tokens
 
     def receive(self, token_ids: list[int], now: float) -> None:
         self.tokens += token_ids
@@ -236,7 +239,10 @@ class World:
         """Every sequence comes to its end with the right tokens."""
         for prompt, inbox in sent:
             async with asyncio.timeout(20):
-                await inbox.over.wait()
+                waiting = asyncio.ensure_future(inbox.over.wait())
+                await asyncio.wait({waiting, self.running}, return_when=asyncio.FIRST_COMPLETED)
+                if self.running.done():
+                    self.running.result()
             assert inbox.ended is not None, inbox.error
             assert not inbox.ended.HasField("refusal"), inbox.ended
             assert inbox.tokens == output_of(prompt, len(inbox.tokens))

@@ -115,7 +115,7 @@ async def test_a_full_queue_refuses_with_a_retry_hint_and_keeps_what_it_has(worl
     kept = [([7], world.submit([7]))]
     await until(lambda: len(world.planner._state.in_flight) == 2)  # the window is full: who comes now waits
     kept += [([8, i], world.submit([8, i])) for i in range(3)]
-    await until(lambda: world.planner._state.num_waiting == 3)
+    await until(lambda: world.planner._state.queue.num_waiting == 3)
     refused = world.submit([3])
     await until(lambda: refused.ended)
     assert refused.ended.refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]

@@ -12,6 +12,7 @@ from scheduler_svc.planner.block_pool import BlockPool
 from simulation import EOS, Simulation
 
 VOCAB_SIZE = 53
+COMMON = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]  # what many prompts begin with
 
 
 class PlannerMachine(RuleBasedStateMachine):
@@ -39,8 +40,11 @@ class PlannerMachine(RuleBasedStateMachine):
         self.losses = 0
 
     @rule(
+        beginning=st.integers(0, 40),
         prompt=st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=47),
+        num=st.sampled_from([1, 1, 1, 3]),
         max_tokens=st.integers(1, 60),
+        tenant=st.sampled_from(["", "", "a", "b"]),
         frontend=st.integers(0, 1),
         priority=st.integers(-1, 1),
         stop_token_ids=st.sampled_from([(), (5,), (5, 6, 7)]),
@@ -49,8 +53,12 @@ class PlannerMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**64 - 1),
         min_tokens=st.integers(0, 12),
     )
-    def submit(self, prompt, max_tokens, **parameters):
-        self.simulation.submit(prompt, max_tokens, label=f"r{len(self.simulation.expected) % 7}", **parameters)
+    def submit(self, beginning, prompt, num, max_tokens, seed, **parameters):
+        """``num`` completions of a prompt that may begin like others."""
+        label = f"r{len(self.simulation.expected) % 7}"
+        prompt = [*COMMON[:beginning], *prompt][:47]
+        for index in range(num):
+            self.simulation.submit(prompt, max_tokens, label=label, seed=(seed + index) % 2**64, **parameters)
 
     @rule()
     def plan(self):
@@ -76,6 +84,13 @@ class PlannerMachine(RuleBasedStateMachine):
     def cancel(self, data):
         live = [key for key, one in self.simulation.expected.items() if one.reason is None and not one.gone]
         self.simulation.cancel(data.draw(st.sampled_from(live)))
+
+    @precondition(lambda self: any(one.reason is None and not one.gone for one in self.simulation.expected.values()))
+    @rule(data=st.data())
+    def find_stop_string(self, data):
+        live = [key for key, one in self.simulation.expected.items() if one.reason is None and not one.gone]
+        key = data.draw(st.sampled_from(live))
+        self.simulation.truncate(key, data.draw(st.integers(0, len(self.simulation.expected[key].got))))
 
     @rule(label=st.integers(0, 6))
     def abort(self, label):
@@ -119,11 +134,14 @@ def load(simulation: Simulation, rng: random.Random, num: int) -> None:
     """Submits random sequences, with random pauses, aborts and delays of results between them."""
     for _ in range(num):
         length = rng.randrange(1, simulation.limits.max_model_len)
+        own = [rng.randrange(simulation.limits.vocab_size) for _ in range(64)]
+        prompt = [*COMMON[: rng.choice([0, 0, 8, 30])], *own]
         key = simulation.submit(
-            [rng.randrange(simulation.limits.vocab_size) for _ in range(length)],
+            prompt[:length],
             rng.randrange(1, 60),
             frontend=rng.randrange(3),
             priority=rng.choice([0, 0, 0, 1]),
+            tenant=rng.choice(["", "", "a", "b"]),
             ignore_eos=rng.random() < 0.5,
             temperature=rng.choice([0.0, 1.0]),
             seed=rng.getrandbits(64),
@@ -208,7 +226,7 @@ def test_higher_priority_starts_first():
 def test_the_checker_sees_a_block_that_is_reused_too_early(monkeypatch):
     """Without fences the same load fails: the test above can fail."""
     give_back = BlockPool.give_back
-    monkeypatch.setattr(BlockPool, "give_back", lambda self, blocks, fence: give_back(self, blocks, None))
+    monkeypatch.setattr(BlockPool, "give_back", lambda self, blocks, last_step: give_back(self, blocks, -1))
 
     def run_loads():
         for seed in range(20):

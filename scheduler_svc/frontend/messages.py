@@ -1,0 +1,60 @@
+"""Messages of the Attach stream: what came, by sequence; what goes, in messages of a bounded size.
+
+All functions are pure. Those that read raise ValueError for a message that cannot be read.
+"""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
+from albireo.v1 import frontend_pb2
+
+_MAX_RESUBMIT_BYTES = 16 << 20  # of one message
+
+
+def started_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, int]]:
+    """The sequences that began to run, each with how many tokens of its prompt were cached."""
+    if not (message.started_sequence_ids or message.started_num_cached_tokens):
+        return []
+    sequence_ids = unpack_uint64(message.started_sequence_ids).tolist()
+    num_cached_tokens = unpack_int32(message.started_num_cached_tokens).tolist()
+    if len(sequence_ids) != len(num_cached_tokens):
+        raise ValueError(f"{len(sequence_ids)} started sequences and {len(num_cached_tokens)} numbers of cached tokens")
+    return list(zip(sequence_ids, num_cached_tokens, strict=True))
+
+
+def tokens_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, list[int]]]:
+    """New tokens by sequence."""
+    if not (message.token_sequence_ids or message.token_ids):
+        return []
+    return list(group_tokens(unpack_uint64(message.token_sequence_ids), unpack_int32(message.token_ids)))
+
+
+def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> Iterator[tuple[int, list[int]]]:
+    """Splits two parallel arrays by sequence; each sequence's tokens stay in their order.
+
+    Raises ValueError when the arrays are not parallel.
+    """
+    if len(sequence_ids) != len(token_ids):
+        raise ValueError(f"{len(sequence_ids)} sequence ids and {len(token_ids)} tokens")
+    order = np.argsort(sequence_ids, kind="stable")
+    ids = sequence_ids[order]
+    starts = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
+    tokens = token_ids[order].tolist()
+    bounds = [*starts.tolist(), len(tokens)]
+    for sequence_id, start, stop in zip(ids[starts].tolist(), bounds, bounds[1:], strict=False):
+        yield sequence_id, tokens[start:stop]
+
+
+def in_messages(submits: Iterable[frontend_pb2.Submit]) -> list[frontend_pb2.FrontendMessage]:
+    """Packs submits into messages of a bounded size."""
+    messages: list[frontend_pb2.FrontendMessage] = []
+    num_bytes = _MAX_RESUBMIT_BYTES
+    for submit in submits:
+        if num_bytes >= _MAX_RESUBMIT_BYTES:
+            messages.append(frontend_pb2.FrontendMessage())
+            num_bytes = 0
+        messages[-1].submits.append(submit)
+        num_bytes += submit.ByteSize()
+    return messages

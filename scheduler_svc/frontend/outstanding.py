@@ -1,0 +1,54 @@
+"""Sequences that run at the planner: who takes what comes for them, and all it takes to go on at another planner."""
+
+from array import array
+from typing import Protocol
+
+import numpy as np
+
+from albireo.arrays import pack_int32
+from albireo.errors import AlbireoError
+from albireo.v1 import frontend_pb2
+from scheduler_svc.frontend.deadline import deadline_in, remaining_s
+
+
+class Receiver(Protocol):
+    """Takes what arrives for one sequence. Its methods run in the reader: they must be short and never wait."""
+
+    def start(self, num_cached_tokens: int) -> None:
+        """The sequence runs; so much of its prompt was in the prefix cache. Called once at most, before `receive`."""
+
+    def receive(self, token_ids: list[int], now: float) -> None:
+        """New tokens; called at most once per message from the planner."""
+
+    def end(self, ended: frontend_pb2.Ended) -> None:
+        """The sequence is over; nothing comes after it."""
+
+    def fail(self, error: AlbireoError) -> None:
+        """The sequence is lost; nothing comes after it."""
+
+
+class Outstanding:
+    """One sequence.
+
+    Attributes:
+        has_started: at any planner; where it goes on, it is told as started once more.
+        output: what has come so far.
+    """
+
+    __slots__ = ("_deadline", "_submit", "has_started", "output", "receiver")
+
+    def __init__(self, submit: frontend_pb2.Submit, receiver: Receiver) -> None:
+        self.receiver = receiver
+        self.has_started = False
+        self.output = array("i")
+        self._submit = frontend_pb2.Submit()
+        self._submit.CopyFrom(submit)
+        self._deadline = deadline_in(submit.remaining_s or None)
+
+    def again(self, was_sent: bool) -> frontend_pb2.Submit:
+        """What submits it to the next planner; ``was_sent``: to the last one. Raises DeadlineExceeded."""
+        submit = self._submit
+        submit.remaining_s = remaining_s(self._deadline)
+        submit.is_resumed |= was_sent
+        submit.output_token_ids = pack_int32(np.frombuffer(self.output, dtype=np.int32)) if self.output else b""
+        return submit

@@ -1,0 +1,144 @@
+"""Which prompts the next step computes: those in progress and those that wait, in one order, under a token budget."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from albireo.arrays import Int32Array
+from scheduler_svc.planner.prefix import announce, find_prefix, is_coming
+from scheduler_svc.planner.sequence import Sequence
+from scheduler_svc.planner.state import PlannerState, preempt
+
+# So many sequences may be passed over in one plan because the beginning they share is being computed.
+_MAX_PASSED_OVER = 64
+
+
+@dataclass(slots=True)
+class Prompts:
+    """What was chosen: parallel lists of slots and numbers of tokens, and who of them took a slot just now."""
+
+    slots: list[int] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
+
+
+def choose_prompts(state: PlannerState, prefills: Int32Array, budget: int, may_start: bool) -> Prompts:
+    """Gives ``budget`` tokens to the prompts of the slots ``prefills`` and, if any ``may_start``, to those that wait.
+
+    The order is that of the queue, so a tenant's long prompt does not hold up another's short one. Whoever is first
+    and does not fit keeps those behind from starting: its room must come together.
+    """
+    chosen = Prompts()
+    in_progress = [_owner(state, slot) for slot in prefills]
+    passed_over: list[Sequence] = []
+    while budget > 0:
+        first = min(in_progress, key=state.queue.order_of, default=None)
+        waiting = state.queue.peek() if may_start else None
+        if waiting is None and first is None:
+            break
+        if waiting is None or (first is not None and state.queue.order_of(first) < state.queue.order_of(waiting)):
+            assert first is not None
+            in_progress.remove(first)
+            budget -= _give_tokens(state, first, budget, chosen)
+            continue
+        found = find_blocks(state, waiting)
+        if is_coming(state.coming, waiting, len(found), state.limits.block_size):
+            state.queue.pop(waiting)
+            passed_over.append(waiting)
+            may_start = len(passed_over) < _MAX_PASSED_OVER
+        elif _num_missing_blocks(state, waiting, found) <= 0 and state.table.free_slots:
+            state.queue.pop(waiting)
+            _start(state, waiting, found)
+            chosen.started.append(waiting)
+            budget -= _give_tokens(state, waiting, budget, chosen)
+        else:
+            may_start = False
+    for sequence in passed_over:
+        state.queue.push(sequence)
+    return chosen
+
+
+def find_blocks(state: PlannerState, sequence: Sequence) -> Int32Array:
+    """Blocks that hold the beginning of ``sequence`` already."""
+    if not state.limits.caches_prefixes:
+        return np.zeros(0, dtype=np.int32)
+    return find_prefix(state.pool, sequence, state.limits.block_size)
+
+
+def _give_tokens(state: PlannerState, sequence: Sequence, budget: int, chosen: Prompts) -> int:
+    """Schedules as many tokens of a prompt as the budget allows; returns how many."""
+    table, slot = state.table, sequence.slot
+    count = min(int(table.num_tokens[slot] - table.num_computed_tokens[slot]), budget)
+    chosen.slots.append(slot)
+    chosen.counts.append(count)
+    state.tenants.charge(sequence.tenant, count)
+    return count
+
+
+def _start(state: PlannerState, sequence: Sequence, found: Int32Array) -> None:
+    """Gives a slot to ``sequence``, and blocks for all its tokens: those that were found, and new ones."""
+    num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
+    state.pool.hold(found)
+    blocks = np.concatenate([found, state.pool.allocate(num_blocks - len(found))])
+    num_computed = len(found) * state.limits.block_size
+    state.table.take(sequence, blocks, num_computed)
+    if state.limits.caches_prefixes:
+        announce(state.coming, sequence, len(found))
+    if sequence.num_cached_tokens < 0:
+        sequence.num_cached_tokens = min(num_computed, sequence.num_prompt_tokens)
+
+
+def _num_missing_blocks(state: PlannerState, sequence: Sequence, found: Int32Array) -> int:
+    """How many more blocks must become free before ``sequence`` can start. One per running sequence stays free, so that
+    an arrival does not make the others preempt it at once."""
+    num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
+    needed = num_blocks - len(found) + state.pool.num_free_among(found)
+    return needed + state.num_running - state.pool.num_free
+
+
+def make_way(state: PlannerState) -> None:
+    """Where a tenant with more than its share is in the way of the first that waits, some of its sequences are
+    preempted."""
+    while state.tenants.num_active > 1 and (waiting := state.queue.peek()) is not None:
+        found = find_blocks(state, waiting)
+        num_missing = _num_missing_blocks(state, waiting, found)
+        is_enough = num_missing <= state.pool.num_fenced and state.table.free_slots
+        if is_enough or is_coming(state.coming, waiting, len(found), state.limits.block_size):
+            break
+        slot = _who_gives_way(state, waiting)
+        if slot is None:
+            break
+        preempt(state, slot)
+
+
+def _who_gives_way(state: PlannerState, sequence: Sequence) -> int | None:
+    """The slot that a tenant with more than its fair share gives up for ``sequence``, whose tenant keeps to its own.
+
+    A share is the larger one of slots and blocks. The fair one is the same for all tenants with work. A tenant's only
+    running sequence never gives way, so everyone gets on; nor does one of a higher priority.
+
+    Source: dominant resource fairness (Ghodsi et al., NSDI 2011).
+    """
+    table, limits = state.table, state.limits
+    slots = np.flatnonzero(table.active)
+    num_tenants = max(int(table.tenant[slots].max(initial=0)), sequence.tenant) + 1
+    num_slots = np.bincount(table.tenant[slots], minlength=num_tenants)
+    num_held = np.bincount(table.tenant[slots], weights=table.num_blocks[slots], minlength=num_tenants)
+    shares = np.maximum(num_slots / limits.max_num_seqs, num_held / limits.num_blocks)
+    fair = 1 / state.tenants.num_active
+    num_blocks = -(-len(sequence.token_ids) // limits.block_size)
+    own_slots, own_blocks = num_slots[sequence.tenant] + 1, num_held[sequence.tenant] + num_blocks
+    if max(own_slots / limits.max_num_seqs, own_blocks / limits.num_blocks) > fair:
+        return None
+    gives_way = (shares > fair) & (num_slots > 1)
+    candidates = [_owner(state, slot) for slot in slots[gives_way[table.tenant[slots]]]]
+    candidates = [each for each in candidates if each.place.negative_priority >= sequence.place.negative_priority]
+    if not candidates:
+        return None
+    return max(candidates, key=lambda each: (each.place.negative_priority, shares[each.tenant], each.place)).slot
+
+
+def _owner(state: PlannerState, slot: int) -> Sequence:
+    owner = state.table.owners[slot]
+    assert owner is not None
+    return owner
