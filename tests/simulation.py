@@ -330,8 +330,7 @@ class Simulation:
         pool, table = self.state.pool, self.state.table
         assert pool.num_free + pool.num_fenced + pool.num_held == pool.num_blocks
         tables = [table.blocks_of(slot) for slot in np.flatnonzero(table.active)]
-        assert (pool._ref_counts == np.bincount(np.concatenate([[0], *tables])[1:], minlength=pool.num_blocks)).all()
-        assert pool.num_free == pool._num_plain + len(pool._cached)
+        assert pool._ref_counts == np.bincount(np.concatenate([[0], *tables])[1:], minlength=pool.num_blocks).tolist()
         assert pool._blocks.keys() == set(pool._hashes.values())
 
     def finish(self) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from albireo.arrays import Int32Array
 from scheduler_svc.planner.prefix import announce, find_prefix, is_coming
 from scheduler_svc.planner.sequence import Sequence
 from scheduler_svc.planner.state import PlannerState, preempt
@@ -22,14 +21,14 @@ class Prompts:
     started: list[Sequence] = field(default_factory=list)
 
 
-def choose_prompts(state: PlannerState, prefills: Int32Array, budget: int, may_start: bool) -> Prompts:
-    """Gives ``budget`` tokens to the prompts of the slots ``prefills`` and, if any ``may_start``, to those that wait.
+def choose_prompts(state: PlannerState, budget: int, may_start: bool) -> Prompts:
+    """Gives ``budget`` tokens to the prompts in progress and, if any ``may_start``, to those that wait.
 
     The order is that of the queue, so a tenant's long prompt does not hold up another's short one. Whoever is first
     and does not fit keeps those behind from starting: its room must come together.
     """
     chosen = Prompts()
-    in_progress = [_owner(state, slot) for slot in prefills]
+    in_progress = [_owner(state, slot) for slot in state.table.prefilling]
     passed_over: list[Sequence] = []
     while budget > 0:
         first = min(in_progress, key=state.queue.order_of, default=None)
@@ -58,10 +57,10 @@ def choose_prompts(state: PlannerState, prefills: Int32Array, budget: int, may_s
     return chosen
 
 
-def find_blocks(state: PlannerState, sequence: Sequence) -> Int32Array:
+def find_blocks(state: PlannerState, sequence: Sequence) -> list[int]:
     """Blocks that hold the beginning of ``sequence`` already."""
     if not state.limits.caches_prefixes:
-        return np.zeros(0, dtype=np.int32)
+        return []
     return find_prefix(state.pool, sequence, state.limits.block_size)
 
 
@@ -75,11 +74,11 @@ def _give_tokens(state: PlannerState, sequence: Sequence, budget: int, chosen: P
     return count
 
 
-def _start(state: PlannerState, sequence: Sequence, found: Int32Array) -> None:
+def _start(state: PlannerState, sequence: Sequence, found: list[int]) -> None:
     """Gives a slot to ``sequence``, and blocks for all its tokens: those that were found, and new ones."""
     num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
     state.pool.hold(found)
-    blocks = np.concatenate([found, state.pool.allocate(num_blocks - len(found))])
+    blocks = found + state.pool.allocate(num_blocks - len(found))
     num_computed = len(found) * state.limits.block_size
     state.table.take(sequence, blocks, num_computed)
     if state.limits.caches_prefixes:
@@ -88,7 +87,7 @@ def _start(state: PlannerState, sequence: Sequence, found: Int32Array) -> None:
         sequence.num_cached_tokens = min(num_computed, sequence.num_prompt_tokens)
 
 
-def _num_missing_blocks(state: PlannerState, sequence: Sequence, found: Int32Array) -> int:
+def _num_missing_blocks(state: PlannerState, sequence: Sequence, found: list[int]) -> int:
     """How many more blocks must become free before ``sequence`` can start. One per running sequence stays free, so that
     an arrival does not make the others preempt it at once."""
     num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import Int32Array
+from albireo.arrays import BoolArray, Int32Array
 from albireo.plan import NewSequence, Rows, StepPlan
-from scheduler_svc.planner.admission import choose_prompts, make_way
+from scheduler_svc.planner.admission import Prompts, choose_prompts, make_way
 from scheduler_svc.planner.prefix import publish_chunk
 from scheduler_svc.planner.sequence import Sequence
 from scheduler_svc.planner.state import PlannerState, StepRecord, preempt
@@ -32,32 +32,40 @@ def plan_step(state: PlannerState) -> Planned | None:
     if len(state.in_flight) >= state.limits.depth:
         return None
     make_way(state)
-    decodes, prefills, growing = _runnable(state)
+    decodes, growing = _runnable(state)
     while len(growing) > state.pool.num_free and len(growing) > _num_coming_blocks(state):
-        preempt(state, _victim(state, np.concatenate([decodes, prefills])))
-        decodes, prefills, growing = _runnable(state)
+        preempt(state, _victim(state, decodes))
+        decodes, growing = _runnable(state)
     is_short = len(growing) > state.pool.num_free
     if is_short:
         sitting_out = _in_order(state, growing)[state.pool.num_free :]
-        decodes, growing = decodes[~np.isin(decodes, sitting_out)], growing[~np.isin(growing, sitting_out)]
+        decodes[sitting_out], growing = False, growing[~np.isin(growing, sitting_out)]
+    decode_slots = decodes.nonzero()[0].astype(np.int32)
     append_blocks = _grow(state, growing)
-    prompts = choose_prompts(state, prefills, _prefill_budget(state, len(decodes)), may_start=not is_short)
-    if not len(decodes) and not prompts.slots:
+    prompts = choose_prompts(state, _prefill_budget(state, len(decode_slots)), may_start=not is_short)
+    if not len(decode_slots) and not prompts.slots:
         return None
-    slots = np.concatenate([decodes, np.array(prompts.slots, dtype=np.int32)])
-    counts = np.ones(len(slots), dtype=np.int32)
-    counts[len(decodes) :] = prompts.counts
-    state.tenants.charge_outputs(state.table.tenant[decodes])
-    plan = _book(state, slots, counts, prompts.started, growing, append_blocks)
-    _publish(state, prompts.slots, prompts.counts)
-    num_prefill_tokens = sum(prompts.counts)
-    return Planned(
-        plan,
-        len(slots),
-        len(decodes) + num_prefill_tokens,
-        num_prefill_tokens,
-        prompts.started,
+    step_id = state.next_step_id
+    state.next_step_id += 1
+    new_sequences = tuple(_new_sequence(state, sequence) for sequence in prompts.started)
+    _advance_decodes(state, decodes, decode_slots, step_id)
+    beginners = tuple(_advance_prompts(state, prompts, step_id))
+    rows = _rows(state, decode_slots, prompts, beginners)
+    sampling_slots = np.append(decode_slots, np.array([each.slot for each in beginners], dtype=np.int32))
+    state.in_flight.append(StepRecord(step_id, sampling_slots if beginners else decode_slots, beginners))
+    freed, state.freed_slots = state.freed_slots, []
+    plan = StepPlan(
+        epoch=state.epoch,
+        step_id=step_id,
+        rows=rows,
+        finished_slots=np.array(freed, dtype=np.int32),
+        new_sequences=new_sequences,
+        append_slots=growing,
+        append_blocks=append_blocks,
     )
+    num_prefill_tokens = sum(prompts.counts)
+    num_rows = len(decode_slots) + len(prompts.slots)
+    return Planned(plan, num_rows, len(decode_slots) + num_prefill_tokens, num_prefill_tokens, prompts.started)
 
 
 def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
@@ -66,14 +74,12 @@ def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
     return min(budget, state.max_prefill_tokens) if num_decodes else budget
 
 
-def _runnable(state: PlannerState) -> tuple[Int32Array, Int32Array, Int32Array]:
-    """Slots with one token to compute, slots with more, and those of the first whose token begins a block."""
+def _runnable(state: PlannerState) -> tuple[BoolArray, Int32Array]:
+    """Which slots decode in this step, [max_num_seqs], and those of them whose token begins a block."""
     table = state.table
-    slots = np.flatnonzero(table.active & (table.num_tokens < table.max_total_tokens)).astype(np.int32)
-    num_computed = table.num_computed_tokens[slots]
-    is_decode = table.num_tokens[slots] - num_computed == 1
-    needs_block = is_decode & (num_computed == table.num_blocks[slots] * state.limits.block_size)
-    return slots[is_decode], slots[~is_decode], slots[needs_block]
+    decodes = table.is_decoding & (table.num_tokens < table.max_total_tokens)
+    is_full = table.num_computed_tokens == table.num_blocks * state.limits.block_size
+    return decodes, (decodes & is_full).nonzero()[0].astype(np.int32)
 
 
 def _num_coming_blocks(state: PlannerState) -> int:
@@ -86,45 +92,61 @@ def _num_coming_blocks(state: PlannerState) -> int:
 
 def _grow(state: PlannerState, slots: Int32Array) -> Int32Array:
     """Gives each of ``slots`` one more block; returns the blocks."""
+    if not len(slots):
+        return slots
     table = state.table
-    blocks = state.pool.allocate(len(slots))
+    blocks = np.array(state.pool.allocate(len(slots)), dtype=np.int32)
     table.block_tables[slots, table.num_blocks[slots]] = blocks
     table.num_blocks[slots] += 1
     return blocks
 
 
-def _book(
-    state: PlannerState,
-    slots: Int32Array,
-    counts: Int32Array,
-    started: list[Sequence],
-    append_slots: Int32Array,
-    append_blocks: Int32Array,
-) -> StepPlan:
-    """Makes the plan of these rows and moves the state past it."""
+def _advance_decodes(state: PlannerState, decodes: BoolArray, slots: Int32Array, step_id: int) -> None:
+    """Each computes one token and is promised one more."""
     table = state.table
-    step_id = state.next_step_id
-    state.next_step_id += 1
-    new_sequences = tuple(_new_sequence(state, sequence) for sequence in started)  # before their first tokens count
-    table.num_computed_tokens[slots] += counts
-    samples = table.num_computed_tokens[slots] == table.num_tokens[slots]
-    sampling_slots = slots[samples]
-    table.num_tokens[sampling_slots] += 1
-    table.last_step[slots] = step_id
-    state.in_flight.append(StepRecord(step_id, sampling_slots, table.generation[sampling_slots]))
-    rows = Rows(slots, counts, samples)
-    repeats = rows.is_decode_of(state.last_row_slots)
-    state.last_row_slots = slots
-    freed, state.freed_slots = state.freed_slots, []
-    return StepPlan(
-        epoch=state.epoch,
-        step_id=step_id,
-        rows=None if repeats else rows,
-        finished_slots=np.array(freed, dtype=np.int32),
-        new_sequences=new_sequences,
-        append_slots=append_slots,
-        append_blocks=append_blocks,
-    )
+    table.num_computed_tokens += decodes
+    table.num_tokens += decodes
+    table.last_step[decodes] = step_id
+    state.tenants.charge_outputs(table.tenant, slots)
+
+
+def _advance_prompts(state: PlannerState, prompts: Prompts, step_id: int) -> list[Sequence]:
+    """Chunks of prompts are computed, and their full blocks can be found from the next plan on. Returns the sequences
+    whose prompts end here, and which are promised a token."""
+    table, block_size = state.table, state.limits.block_size
+    beginners = []
+    for slot, count in zip(prompts.slots, prompts.counts, strict=True):
+        sequence, start = table.owners[slot], int(table.num_computed_tokens[slot])
+        assert sequence is not None
+        stop = start + count
+        table.num_computed_tokens[slot] = stop
+        table.last_step[slot] = step_id
+        if state.limits.caches_prefixes:
+            blocks = table.block_tables[slot, start // block_size : stop // block_size].tolist()
+            publish_chunk(state.pool, state.coming, sequence, blocks, start // block_size)
+        if stop == table.num_tokens[slot]:
+            table.num_tokens[slot] += 1
+            table.is_decoding[slot] = True
+            table.prefilling.remove(slot)
+            beginners.append(sequence)
+    return beginners
+
+
+def _rows(
+    state: PlannerState, decode_slots: Int32Array, prompts: Prompts, beginners: tuple[Sequence, ...]
+) -> Rows | None:
+    """The rows of this plan; None when the last plan's rows decode again."""
+    num_decodes = len(decode_slots)
+    slots = np.append(decode_slots, np.array(prompts.slots, dtype=np.int32)) if prompts.slots else decode_slots
+    last_rows, state.last_rows = state.last_rows, slots.tobytes()
+    if not prompts.slots and last_rows == state.last_rows:
+        return None
+    counts = np.ones(len(slots), dtype=np.int32)
+    counts[num_decodes:] = prompts.counts
+    samples = np.ones(len(slots), dtype=np.bool_)
+    ends_here = {sequence.slot for sequence in beginners}
+    samples[num_decodes:] = [slot in ends_here for slot in prompts.slots]
+    return Rows(slots, counts, samples)
 
 
 def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
@@ -138,22 +160,11 @@ def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
     )
 
 
-def _publish(state: PlannerState, slots: list[int], counts: list[int]) -> None:
-    """The blocks of prompts that this plan completes can be found from the next plan on."""
-    if not state.limits.caches_prefixes:
-        return
-    table, block_size = state.table, state.limits.block_size
-    for slot, count in zip(slots, counts, strict=True):
-        sequence, stop = table.owners[slot], int(table.num_computed_tokens[slot])
-        assert sequence is not None
-        start_block, stop_block = (stop - count) // block_size, stop // block_size
-        publish_chunk(state.pool, state.coming, sequence, table.block_tables[slot], start_block, stop_block)
-
-
-def _victim(state: PlannerState, slots: Int32Array) -> int:
-    """Which of ``slots`` is preempted when blocks run out: of the lowest priority, of the tenant that holds the most
-    blocks, the newest. The first in order of priority and arrival never is, so there is always progress."""
+def _victim(state: PlannerState, decodes: BoolArray) -> int:
+    """Whose slot is taken when blocks run out: of the lowest priority, of the tenant that holds the most blocks, the
+    newest. The first in order of priority and arrival never is the one, so there is always progress."""
     table = state.table
+    slots = [*decodes.nonzero()[0].tolist(), *table.prefilling]
     held: list[float] = np.bincount(table.tenant[slots], weights=table.num_blocks[slots]).tolist()
     owners = [owner for slot in slots if (owner := table.owners[slot]) is not None]
     owners.remove(min(owners, key=lambda each: each.place))

@@ -4,7 +4,6 @@ Prompt blocks can be found from the plan after the one that computes them: steps
 written itself is published when it leaves its slot, so that a decode step costs nothing.
 """
 
-from albireo.arrays import Int32Array
 from albireo.block_hash import chain_hashes
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.sequence import Sequence
@@ -13,7 +12,7 @@ from scheduler_svc.planner.sequence import Sequence
 ComingBlocks = dict[bytes, Sequence]
 
 
-def find_prefix(pool: BlockPool, sequence: Sequence, block_size: int) -> Int32Array:
+def find_prefix(pool: BlockPool, sequence: Sequence, block_size: int) -> list[int]:
     """Blocks that hold the beginning of ``sequence``, whatever their state. At least one token is left to compute: it
     takes a forward pass to sample what comes next."""
     _hash_up_to(sequence, len(sequence.token_ids), block_size)
@@ -33,12 +32,10 @@ def announce(coming: ComingBlocks, sequence: Sequence, num_found: int) -> None:
         coming.setdefault(block_hash, sequence)
 
 
-def publish_chunk(
-    pool: BlockPool, coming: ComingBlocks, sequence: Sequence, blocks: Int32Array, start: int, stop: int
-) -> None:
-    """A plan has been made that computes blocks ``start`` to ``stop`` of a prompt; ``blocks`` are the sequence's."""
-    hashes = sequence.block_hashes[start:stop]
-    pool.publish(blocks[start : start + len(hashes)].tolist(), hashes)
+def publish_chunk(pool: BlockPool, coming: ComingBlocks, sequence: Sequence, blocks: list[int], start: int) -> None:
+    """A plan has been made that completes ``blocks`` of a prompt, from its block ``start`` on."""
+    hashes = sequence.block_hashes[start : start + len(blocks)]
+    pool.publish(blocks, hashes)
     for block_hash in hashes:
         if coming.get(block_hash) is sequence:
             del coming[block_hash]
@@ -52,12 +49,12 @@ def forget_coming(coming: ComingBlocks, sequence: Sequence) -> None:
                 del coming[block_hash]
 
 
-def publish_history(pool: BlockPool, sequence: Sequence, blocks: Int32Array, num_tokens: int, block_size: int) -> None:
+def publish_history(pool: BlockPool, sequence: Sequence, blocks: list[int], num_tokens: int, block_size: int) -> None:
     """``sequence`` leaves its slot with KV of ``num_tokens`` committed tokens in ``blocks``. Steps in flight may write
     past them, never over them."""
     _hash_up_to(sequence, num_tokens, block_size)
     num_full = min(num_tokens // block_size, len(blocks))
-    pool.publish(blocks[:num_full].tolist(), sequence.block_hashes[:num_full])
+    pool.publish(blocks[:num_full], sequence.block_hashes[:num_full])
 
 
 def _hash_up_to(sequence: Sequence, num_tokens: int, block_size: int) -> None:

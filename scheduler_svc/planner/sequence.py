@@ -94,18 +94,19 @@ class SlotTable:
 
     Attributes:
         owners: the sequence of each slot.
-        generation: grows each time a slot is given up; a result row counts only where it is still the same.
+        is_decoding: plans made so far compute the whole prompt.
         num_tokens: prompt, output and placeholders (tokens planned, not yet sampled).
         num_computed_tokens: tokens whose KV is computed once all planned steps have run.
         num_known_tokens: ``num_tokens`` without placeholders; ``token_ids`` holds so many.
         stop_token_ids: [max_num_seqs, MAX_STOP_COLUMNS], -1 where there is none.
-        has_more_stop_token_ids: there are more than fit; those of the sequence count.
+        prefilling: slots whose prompts are in progress.
+        num_with_stop_token_ids: of the running sequences; with none, nothing is compared.
         last_step: the last step planned with a row of this slot.
     """
 
     owners: list[Sequence | None]
     active: BoolArray
-    generation: Int64Array
+    is_decoding: BoolArray
     frontend: Int32Array
     sequence_id: Int64Array
     num_tokens: Int32Array
@@ -123,6 +124,8 @@ class SlotTable:
     block_tables: Int32Array  # [max_num_seqs, max_blocks]
     token_ids: Int32Array  # [max_num_seqs, max_model_len]
     free_slots: list[int] = field(default_factory=list)
+    prefilling: list[int] = field(default_factory=list)
+    num_with_stop_token_ids: int = 0
 
     @classmethod
     def make(cls, max_num_seqs: int, max_model_len: int, block_size: int) -> "SlotTable":
@@ -132,7 +135,7 @@ class SlotTable:
         return cls(
             owners=[None] * max_num_seqs,
             active=np.zeros(max_num_seqs, dtype=np.bool_),
-            generation=np.zeros(max_num_seqs, dtype=np.int64),
+            is_decoding=np.zeros(max_num_seqs, dtype=np.bool_),
             frontend=ints(),
             sequence_id=np.zeros(max_num_seqs, dtype=np.int64),
             num_tokens=ints(),
@@ -152,7 +155,7 @@ class SlotTable:
             free_slots=list(range(max_num_seqs - 1, -1, -1)),
         )
 
-    def take(self, sequence: Sequence, blocks: Int32Array, num_computed_tokens: int) -> int:
+    def take(self, sequence: Sequence, blocks: list[int], num_computed_tokens: int) -> int:
         """Gives ``sequence`` a slot; one is free. ``blocks`` are for all of its tokens; of the first
         ``num_computed_tokens`` they hold the KV already."""
         slot = self.free_slots.pop()
@@ -169,6 +172,7 @@ class SlotTable:
         self.checks_eos[slot] = not sequence.ignore_eos
         self._set_stop_token_ids(slot, sorted(sequence.stop_token_ids))
         self.tenant[slot] = sequence.tenant
+        self.prefilling.append(slot)
         self.last_step[slot] = -1
         self.num_blocks[slot] = len(blocks)
         self.block_tables[slot, : len(blocks)] = blocks
@@ -185,11 +189,16 @@ class SlotTable:
         sequence.slot = -1
         self.owners[slot] = None
         self.active[slot] = False
-        self.generation[slot] += 1
+        if self.is_decoding[slot]:
+            self.is_decoding[slot] = False
+        else:
+            self.prefilling.remove(slot)
+        self.num_with_stop_token_ids -= bool(sequence.stop_token_ids)
         self.free_slots.append(slot)
         return sequence
 
     def _set_stop_token_ids(self, slot: int, ids: list[int]) -> None:
+        self.num_with_stop_token_ids += bool(ids)
         self.has_more_stop_token_ids[slot] = len(ids) > MAX_STOP_COLUMNS
         self.stop_token_ids[slot] = -1
         self.stop_token_ids[slot, : len(ids)] = ids[:MAX_STOP_COLUMNS]

@@ -179,7 +179,7 @@ class Planner:
 
     def _deliver(self, committed: Committed, now_ns: int) -> None:
         self._num_tokens += len(committed.token_ids)
-        for sequence in committed.first_tokens:
+        for sequence in committed.beginners:
             sequence.first_token_ns = now_ns
             self.frontends.post_started(sequence.frontend, sequence.sequence_id, sequence.num_cached_tokens)
         for index in np.unique(committed.frontends):

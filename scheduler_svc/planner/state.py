@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo.arrays import BoolArray, Int32Array
 from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.prefix import ComingBlocks, forget_coming, publish_history
@@ -51,11 +51,18 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """A step in flight: the rows that sample, by the slot and generation they were planned for."""
+    """A step in flight.
+
+    Attributes:
+        slots: of the rows that sample.
+        beginners: sequences whose prompts end in this step.
+        left: who owned a slot when this step was planned and has left it since; the row is theirs.
+    """
 
     step_id: int
     slots: Int32Array
-    generations: Int64Array
+    beginners: tuple[Sequence, ...]
+    left: dict[int, Sequence] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -67,10 +74,10 @@ class PlannerState:
         coming: prompt blocks that running sequences are about to compute.
         max_prefill_tokens: prompt tokens of a step in which sequences decode; what their latency allows.
         deadlines: heap of (when, frontend, sequence_id); sequences may have ended meanwhile.
-        draining: preempted sequences that steps in flight still sample for, by the (slot, generation) they had.
+        draining: preempted sequences that steps in flight still sample for.
         sequences: all that have not ended, by (frontend, sequence_id).
         freed_slots: given up since the last plan; the next one tells the group.
-        last_row_slots: slots of the last plan's rows; decoding them again needs no rows on the wire.
+        last_rows: slots of the last plan's rows, as bytes; decoding them again needs no rows on the wire.
     """
 
     limits: Limits
@@ -83,11 +90,11 @@ class PlannerState:
     coming: ComingBlocks = field(default_factory=dict)
     max_prefill_tokens: int = 1 << 30
     deadlines: list[tuple[int, int, int]] = field(default_factory=list)
-    draining: dict[tuple[int, int], Sequence] = field(default_factory=dict)
+    draining: list[Sequence] = field(default_factory=list)
     sequences: dict[tuple[int, int], Sequence] = field(default_factory=dict)
     in_flight: deque[StepRecord] = field(default_factory=deque)
     freed_slots: list[int] = field(default_factory=list)
-    last_row_slots: Int32Array = field(default_factory=lambda: np.zeros(0, dtype=np.int32))
+    last_rows: bytes = b""
     next_step_id: int = 0
     num_preemptions: int = 0
 
@@ -135,13 +142,12 @@ def preempt(state: PlannerState, slot: int) -> Sequence:
 
     Steps in flight still sample for it, and those tokens count: it waits again once the last of them is committed.
     """
-    generation = int(state.table.generation[slot])
     sequence = _leave_slot(state, slot)
     sequence.num_preemptions += 1
     state.num_preemptions += 1
     if is_in_flight(state, sequence.last_step):
         sequence.status = Status.DRAINING
-        state.draining[slot, generation] = sequence
+        state.draining.append(sequence)
     else:
         state.queue.push(sequence)
     return sequence
@@ -149,9 +155,10 @@ def preempt(state: PlannerState, slot: int) -> Sequence:
 
 def requeue_drained(state: PlannerState, completed_step: int) -> None:
     """Preempted sequences whose last step in flight has completed wait again."""
-    done = [key for key, sequence in state.draining.items() if sequence.last_step <= completed_step]
-    for key in done:
-        sequence = state.draining.pop(key)
+    drained = [sequence for sequence in state.draining if sequence.last_step <= completed_step]
+    if drained:
+        state.draining = [sequence for sequence in state.draining if sequence.last_step > completed_step]
+    for sequence in drained:
         if sequence.status is Status.DRAINING:
             state.queue.push(sequence)
 
@@ -163,7 +170,7 @@ def lose_group(state: PlannerState) -> list[Sequence]:
     a token in between, they are likely the reason.
     """
     running = [owner for owner in state.table.owners if owner is not None]
-    draining = [each for each in state.draining.values() if each.status is Status.DRAINING]
+    draining = [each for each in state.draining if each.status is Status.DRAINING]
     for sequence in running:
         state.table.give_up(sequence.slot)
     state.draining.clear()
@@ -195,7 +202,7 @@ def _forget_group(state: PlannerState) -> None:
     state.coming.clear()
     state.in_flight.clear()
     state.freed_slots.clear()
-    state.last_row_slots = np.zeros(0, dtype=np.int32)
+    state.last_rows = b""
 
 
 def is_in_flight(state: PlannerState, step_id: int) -> bool:
@@ -203,7 +210,7 @@ def is_in_flight(state: PlannerState, step_id: int) -> bool:
 
 
 def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> Sequence:
-    blocks = state.table.blocks_of(slot)
+    blocks = state.table.blocks_of(slot).tolist()
     num_computed = int(state.table.num_computed_tokens[slot])
     sequence = state.table.give_up(slot)
     if state.limits.caches_prefixes:
@@ -212,4 +219,6 @@ def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> 
         publish_history(state.pool, sequence, blocks, min(num_computed, num_final), state.limits.block_size)
     state.pool.give_back(blocks, sequence.last_step)
     state.freed_slots.append(slot)
+    for record in state.in_flight:
+        record.left.setdefault(slot, sequence)
     return sequence

@@ -53,10 +53,10 @@ class Tenants:
         """Prompt tokens are computed for this tenant."""
         self._served[index] += num_tokens
 
-    def charge_outputs(self, indices: Int32Array) -> None:
-        """One output token each. With one tenant at work there is nothing to compare."""
+    def charge_outputs(self, tenant_of_slot: Int32Array, slots: Int32Array) -> None:
+        """One output token for each of ``slots``. With one tenant at work there is nothing to compare."""
         if self.num_active > 1:
-            self._served += _OUTPUT_WEIGHT * np.bincount(indices, minlength=len(self._served))
+            self._served += _OUTPUT_WEIGHT * np.bincount(tenant_of_slot[slots], minlength=len(self._served))
 
     def _add(self, name: str) -> int:
         if self._unused:
