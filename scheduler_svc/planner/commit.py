@@ -39,7 +39,9 @@ def commit_step(state: PlannerState, step_id: int, token_ids: Int32Array) -> Com
     record = _take_record(state, step_id, token_ids)
     beginners = [each for each in record.beginners if each.status is not Status.ENDED and not _has_output(state, each)]
     if record.left:
-        has_left = np.isin(record.slots, list(record.left))
+        is_left = np.zeros_like(state.table.active)
+        is_left[list(record.left)] = True
+        has_left = is_left[record.slots]
         committed = _commit_running(state, record.slots[~has_left], token_ids[~has_left], beginners)
         committed = _commit_draining(state, record, token_ids, has_left, committed)
     else:

@@ -10,14 +10,14 @@ and a new stream begins a new epoch as soon as the group is complete.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
 import structlog
 
+from albireo.arrays import BoolArray, Int32Array
 from albireo.errors import GroupError, GroupUnavailable
-from albireo.metrics import Readings
 from albireo.plan import StepResult
 from albireo.rpc import Health
 from albireo.v1 import frontend_pb2, plan_pb2
@@ -27,6 +27,7 @@ from scheduler_svc.planner.deadlines import drop_overdue
 from scheduler_svc.planner.frontends import FrontEnds
 from scheduler_svc.planner.group import GroupLink, PlanStream
 from scheduler_svc.planner.messages import Refused, ended_message, refusal_message
+from scheduler_svc.planner.metrics import Counts, register_metrics
 from scheduler_svc.planner.policy import plan_step
 from scheduler_svc.planner.progress import Progress
 from scheduler_svc.planner.rates import StepRates
@@ -76,9 +77,8 @@ class Planner:
         self.timeline = Timeline()
         self._last_queue_s = 0.0
         self._num_arrivals = 0
-        self._num_steps = self._num_tokens = self._num_recoveries = 0
-        self._num_prompt_tokens = self._num_cached_tokens = self._num_overdue = 0
-        self._make_metrics()
+        self.counts = Counts()
+        self._histograms = register_metrics(self._state, self.counts, self.frontends, self.timeline.ledger)
 
     async def run(self, health: Health) -> None:
         """Runs until another planner takes the group over (raises Superseded) or something fails."""
@@ -154,13 +154,13 @@ class Planner:
             self._progress.planned(planned.num_tokens, planned.num_prefill_tokens, start_ns / 1e9)
             self.timeline.planned(planned.plan.step_id, start_ns, planned.num_rows, planned.num_tokens)
             start_ns = time.monotonic_ns()
-            self._num_steps += 1
+            self.counts.num_steps += 1
             for sequence in planned.started:
                 if not sequence.scheduled_ns:
                     sequence.scheduled_ns = now_ns
                     self._last_queue_s = (now_ns - sequence.submitted_ns) / 1e9
-                    self._num_prompt_tokens += sequence.num_prompt_tokens
-                    self._num_cached_tokens += sequence.num_cached_tokens
+                    self.counts.num_prompt_tokens += sequence.num_prompt_tokens
+                    self.counts.num_cached_tokens += sequence.num_cached_tokens
 
     def _apply(self, index: int, message: frontend_pb2.FrontendMessage | None, now_ns: int) -> None:
         if message is None:
@@ -178,13 +178,12 @@ class Planner:
             self._post_ended(Ended(sequence, EndReason.ABORT), now_ns)
 
     def _deliver(self, committed: Committed, now_ns: int) -> None:
-        self._num_tokens += len(committed.token_ids)
+        self.counts.num_tokens += len(committed.token_ids)
         for sequence in committed.beginners:
             sequence.first_token_ns = now_ns
             self.frontends.post_started(sequence.frontend, sequence.sequence_id, sequence.num_cached_tokens)
-        for index in np.unique(committed.frontends):
-            mine = committed.frontends == index
-            self.frontends.post_tokens(int(index), committed.sequence_ids[mine], committed.token_ids[mine])
+        for index, mine in _by_frontend(committed.frontends):
+            self.frontends.post_tokens(index, committed.sequence_ids[mine], committed.token_ids[mine])
         for ended in committed.ended:
             self._post_ended(ended, now_ns)
 
@@ -198,7 +197,7 @@ class Planner:
 
     def _drop_overdue(self, now_ns: int) -> None:
         for sequence in drop_overdue(self._state, now_ns):
-            self._num_overdue += 1
+            self.counts.num_overdue += 1
             waited_s = (now_ns - sequence.submitted_ns) / 1e9
             state = "it ran out while the request ran" if sequence.scheduled_ns else "too late to begin"
             late = Refused(f"deadline: {state}, {waited_s:.3g} s after arrival", grpc.StatusCode.DEADLINE_EXCEEDED)
@@ -240,7 +239,7 @@ class Planner:
         self.frontends.group = status.info
         self._given_up = ""
         self._stream = self._group.open()
-        self._num_recoveries += 1
+        self.counts.num_recoveries += 1
         self._woken.set()
         log.info("the group is back", epoch=epoch, after_s=round(time.monotonic() - lost_at, 3))
 
@@ -288,6 +287,7 @@ class Planner:
             was_serving = is_serving
             self.frontends.drop_stuck(now)
             self._drop_overdue(time.monotonic_ns())  # where no step's end is near
+            self._histograms.fold()
             self.frontends.post_load(
                 frontend_pb2.Load(
                     num_running=self._state.num_running,
@@ -298,28 +298,14 @@ class Planner:
             )
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
-    def _make_metrics(self) -> Readings:
-        state = self._state
-        return Readings(
-            gauges={
-                "albireo_running_sequences": ("Sequences that own a slot", lambda: state.num_running),
-                "albireo_waiting_sequences": ("Sequences in the queue", lambda: state.queue.num_waiting),
-                "albireo_kv_blocks_used": ("KV blocks held by sequences", lambda: state.pool.num_held),
-                "albireo_kv_blocks": ("KV blocks in all", lambda: state.pool.num_blocks),
-                "albireo_kv_blocks_cached": ("KV blocks that the prefix cache finds", lambda: state.pool.num_cached),
-                "albireo_steps_in_flight": ("Plans sent without a result yet", lambda: len(state.in_flight)),
-                "albireo_frontends": ("Front ends attached", lambda: len(self.frontends)),
-            },
-            counters={
-                "albireo_planned_steps": ("Steps planned", lambda: self._num_steps),
-                "albireo_output_tokens": ("Output tokens committed", lambda: self._num_tokens),
-                "albireo_preemptions": ("Sequences preempted", lambda: state.num_preemptions),
-                "albireo_prompt_tokens": ("Prompt tokens of sequences that began", lambda: self._num_prompt_tokens),
-                "albireo_cached_tokens": ("Of them, found in the prefix cache", lambda: self._num_cached_tokens),
-                "albireo_overdue": ("Sequences dropped because of their deadline", lambda: self._num_overdue),
-                "albireo_recoveries": ("Times that a lost group came back", lambda: self._num_recoveries),
-            },
-        )
+
+def _by_frontend(frontends: Int32Array) -> Iterator[tuple[int, BoolArray | slice]]:
+    """Whose tokens are whose; with one front end, all are its without looking twice."""
+    if len(frontends) and (frontends == frontends[0]).all():
+        yield int(frontends[0]), slice(None)
+        return
+    for index in np.unique(frontends).tolist():
+        yield index, frontends == index
 
 
 def _find_lost(state: PlannerState, status: plan_pb2.GroupStatus) -> tuple[int, int] | None:

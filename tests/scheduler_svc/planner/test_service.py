@@ -52,7 +52,7 @@ async def test_a_lost_or_doubled_message_costs_no_token(world: Any, fault: str, 
     await world.start()
     setattr(world.leader, fault, once(at))
     await world.exact(*[(prompt, world.submit(prompt)) for prompt in PROMPTS])
-    await until(lambda: world.planner._num_recoveries >= 1 or (fault.startswith("double") and at == 21))
+    await until(lambda: world.planner.counts.num_recoveries >= 1 or (fault.startswith("double") and at == 21))
     await until(lambda: not world.planner._state.in_flight)
     state = world.planner._state
     assert state.is_idle
