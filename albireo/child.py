@@ -118,6 +118,10 @@ class Process:
             if_it_fails.pop_all()
         return cls(child, process, notify)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def read(self) -> None:
         """Takes in all that the child has said."""
         with contextlib.suppress(BlockingIOError):

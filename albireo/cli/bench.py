@@ -1,19 +1,18 @@
-"""``albireo bench``: measures a running server through its own API."""
+"""``albireo bench``: measures a running server through its own API, or (`bench_host`) the services on this host."""
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from albireo.cli import client
+from albireo.cli import bench_host, client
 from albireo.cli.client import CallFailed
+from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
 from albireo.errors import ConfigError
 from albireo.v1 import generation_pb2 as pb
@@ -60,17 +59,21 @@ WORKLOADS = {
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="albireo bench", description="Measure a running server.")
+    parser = argparse.ArgumentParser(prog="albireo bench", description="Measure a running server, or this host.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_serve(commands.add_parser("serve", help="rates and latencies of one workload", description=_describe()))
+    host = commands.add_parser("host", help="idle time of the device and CPU per step, with services of its own")
+    bench_host.add_flags(host)
     args = parser.parse_args(argv)
+    if args.command == "host":
+        return bench_host.run(host, args)
     if args.reps < 1:
         parser.error("--reps: at least 1 is needed")
     report = asyncio.run(_bench_serve(args.target, args.workload, args.sampling, args.reps))
     # With `--json -` stdout belongs to the JSON.
     print(table(report), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
-        _write_json(args.json, report)
+        write_json(args.json, report)
     return 0
 
 
@@ -233,14 +236,3 @@ def table(report: dict[str, Any]) -> str:
         values = [run[name] for run in report["runs"]]
         lines.append(f"{name:16}{report[name]:>10.2f}{min(values):>12.2f}{max(values):>12.2f}")
     return "\n".join(lines)
-
-
-def _write_json(file: str, report: dict[str, Any]) -> None:
-    text = json.dumps(report, indent=2) + "\n"
-    if file == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(file).write_text(text)
-    except OSError as error:
-        raise ConfigError(f"--json {file}: {error.strerror}") from error

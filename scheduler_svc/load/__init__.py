@@ -1,0 +1,1 @@
+"""Clients that keep a fixed number of sequences running: the load of ``albireo bench host``."""
