@@ -17,7 +17,6 @@ from prometheus_client.registry import Collector, CollectorRegistry
 from albireo.arrays import Float64Array, Int64Array
 from albireo.ledger import Ledger
 
-
 # 10 us .. 10 s, three to a decade: from a wake-up to a step that is stuck.
 STEP_BUCKETS_S = (*(float(f"{digit}e{exponent}") for exponent in range(-5, 1) for digit in (1, 2, 5)), 10.0)
 

@@ -16,10 +16,12 @@ import grpc
 import numpy as np
 from grpc import aio
 
+from albireo.arrays import Int64Array
+from albireo.ledger import rows_of
 from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import generation_pb2_grpc as rpc
-from albireo.v1 import plan_pb2
+from albireo.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2
 from services import read_metrics
 from worker_svc.stub.truth import true_tokens
 
@@ -30,6 +32,14 @@ EOS = 2
 # A stream that lasts this long hangs.
 STREAM_TIMEOUT_S = 120.0
 _RETRY_S = 0.05
+
+
+def tenant_metadata(tenant: str) -> tuple[tuple[str, str], ...]:
+    return (("x-tenant", tenant),) if tenant else ()
+
+
+def random_tokens(rng: random.Random, num: int) -> list[int]:
+    return [rng.randrange(3, VOCAB_SIZE) for _ in range(num)]
 
 
 def true_output(
@@ -53,13 +63,26 @@ class Case:
     prompt: list[int]
     params: pb.SamplingParams
     expected: list[int]
+    tenant: str = ""
+    priority: int = 0
 
     def request(self) -> pb.GenerateRequest:
-        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=self.prompt), sampling_params=self.params)
+        prompt = pb.TokenIds(ids=self.prompt)
+        return pb.GenerateRequest(token_ids=prompt, sampling_params=self.params, priority=self.priority)
+
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the call."""
+        return tenant_metadata(self.tenant)
 
     def __str__(self) -> str:
         shown = f"temperature={self.params.temperature:g} seed={self.params.seed} min_tokens={self.params.min_tokens}"
         return f"<prompt of {len(self.prompt)}, {self.params.max_tokens} tokens at most, {shown}>"
+
+
+def fixed_case(prompt: list[int], num_tokens: int, tenant: str = "", priority: int = 0) -> Case:
+    """Greedy, with an answer of so many tokens."""
+    params = pb.SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+    return Case(prompt, params, true_output(prompt, num_tokens, True), tenant, priority)
 
 
 def random_case(rng: random.Random, longest: int = 240) -> Case:
@@ -75,18 +98,25 @@ def random_case(rng: random.Random, longest: int = 240) -> Case:
 
 
 class CasePool:
-    """A bounded number of random cases, each made when first drawn: the truth costs more than the service's tokens."""
+    """A bounded number of cases, each made when first drawn: the truth costs more than the service's tokens.
 
-    def __init__(self, seed: object, size: int = 200, longest: int = 240) -> None:
+    Args:
+        longest: of random cases, in tokens of output, exclusive.
+        make: makes a case, in place of `random_case`.
+    """
+
+    def __init__(
+        self, seed: object, size: int = 200, longest: int = 240, make: Callable[[random.Random], Case] | None = None
+    ) -> None:
         self._seed = seed
-        self._longest = longest
+        self._make = make or (lambda rng: random_case(rng, longest))
         self._cases: list[Case | None] = [None] * size
 
     def draw(self, rng: random.Random) -> Case:
         index = rng.randrange(len(self._cases))
         case = self._cases[index]
         if case is None:
-            case = self._cases[index] = random_case(random.Random(f"{self._seed}/{index}"), self._longest)
+            case = self._cases[index] = self._make(random.Random(f"{self._seed}/{index}"))
         return case
 
 
@@ -98,6 +128,8 @@ class Answer:
     num_tokens: int = 0
     finish: pb.Finish | None = None
     longest_gap_s: float = 0.0  # without a token
+    first_token_s: float | None = None  # from the request's start
+    _started_at: float = field(default_factory=time.monotonic)
     _last_at: float = field(default_factory=time.monotonic)
 
     def take(self, response: pb.GenerateResponse) -> None:
@@ -110,6 +142,8 @@ class Answer:
             self.finish = response.finish
         if new:
             now = time.monotonic()
+            if self.first_token_s is None:
+                self.first_token_s = now - self._started_at
             self.longest_gap_s, self._last_at = max(self.longest_gap_s, now - self._last_at), now
 
     def check_end(self) -> None:
@@ -128,14 +162,16 @@ async def run_case(
     *,
     stop_after: int | None = None,
     cancel_after_s: float | None = None,
+    timeout_s: float = STREAM_TIMEOUT_S,
 ) -> None:
     """Runs one request, with every token and the end compared; what has come is in ``answer``, errors or not.
 
     Args:
         stop_after: the client cancels after so many tokens.
         cancel_after_s: the client cancels after so long.
+        timeout_s: the call's deadline.
     """
-    call = stub.Generate(answer.case.request(), timeout=STREAM_TIMEOUT_S)
+    call = stub.Generate(answer.case.request(), timeout=timeout_s, metadata=answer.case.metadata())
     timer = None
     if cancel_after_s is not None:
         timer = asyncio.get_running_loop().call_later(cancel_after_s, call.cancel)
@@ -325,6 +361,18 @@ async def wait_for_metrics(port: int, wanted: Mapping[str, float], timeout_s: fl
                 return
         await asyncio.sleep(0.1)
     raise AssertionError(f"after {timeout_s:g} s the metrics are {got}")
+
+
+async def read_planner_page(channel: aio.Channel) -> dict[str, Int64Array]:
+    """The planner's ledger by column, as a front end tells it."""
+    pages = (await ledger_pb2_grpc.LedgerStub(channel).Read(ledger_pb2.ReadLedgerRequest())).pages
+    (page,) = (page for page in pages if page.process == "planner")
+    return rows_of(page)
+
+
+async def count_computed_tokens(channel: aio.Channel) -> int:
+    """Tokens of all steps that the planner's ledger keeps: of prompts, and those that were sampled before."""
+    return int((await read_planner_page(channel))["num_tokens"].sum())
 
 
 async def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = 60.0) -> None:

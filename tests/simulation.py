@@ -4,7 +4,7 @@ Everything is real but the transport: plans pass through the wire codec, every r
 blocks, and a checker that knows nothing of the planner's insides watches which blocks and slots each plan touches.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +130,7 @@ class Simulation:
             max_model_len=max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             vocab_size=vocab_size,
-            eos_token_ids=(EOS,),
+            eos_token_ids=frozenset({EOS}),
             depth=depth,
             caches_prefixes=caches_prefixes,
         )
@@ -329,8 +329,8 @@ class Simulation:
     def check_pool(self) -> None:
         pool, table = self.state.pool, self.state.table
         assert pool.num_free + pool.num_fenced + pool.num_held == pool.num_blocks
-        tables = [table.blocks_of(slot) for slot in np.flatnonzero(table.active)]
-        assert pool._ref_counts == np.bincount(np.concatenate([[0], *tables])[1:], minlength=pool.num_blocks).tolist()
+        held = Counter(block for owner in table.running for block in table.blocks_of(owner.slot))
+        assert pool._ref_counts == [held[block] for block in range(pool.num_blocks)]
         assert pool._blocks.keys() == set(pool._hashes.values())
 
     def finish(self) -> None:
@@ -344,7 +344,7 @@ class Simulation:
             assert expected.gone or expected.reason is not None
         self.check_pool()
         assert self.state.pool.num_free == self.state.pool.num_blocks, "leaked blocks"
-        assert self.state.num_running == self.state.queue.num_waiting == 0
+        assert self.state.table.num_running == self.state.queue.num_waiting == 0
         assert not self.state.draining
         assert not self.state.coming, "claims that nobody redeems"
         assert self.state.tenants.num_active == 0

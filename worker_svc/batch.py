@@ -3,35 +3,25 @@
 Every rank keeps the same state from the same plans, whatever its engine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array, UInt64Array, unpack_int32
+from albireo.arrays import BoolArray, Int32Array, Int64Array
 from albireo.errors import GroupError
 from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
 from albireo.v1 import plan_pb2
+from worker_svc.row_sampling import RowSampling, SlotSampling, check_range
 
-_INT32_MAX = 2**31 - 1
 _MAX_STEP_ID = 2**63
+_PAST_BLOCKS = "a row reaches past its sequence's blocks"
+_NO_ROWS = Rows(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_))
 
-
-@dataclass(frozen=True, slots=True)
-class RowSampling:
-    """Sampling parameters of a step's sampling rows; arrays [S], S rows.
-
-    Attributes:
-        temperature: 0 means greedy.
-        top_p: 1 means all.
-        top_k: 0 means all.
-        suppressed: (row, ids that must not be sampled there now), for rows below their min_tokens.
-    """
-
-    temperature: Float32Array
-    top_p: Float32Array
-    top_k: Int32Array
-    seed: UInt64Array
-    suppressed: tuple[tuple[int, Int32Array], ...]
+# Of each slot, in one array that a step gathers for its rows with a single call: num_blocks, num_known_tokens,
+# num_prompt_tokens, num_computed_tokens.
+_COUNTS = 4
+# Columns that the block tables of a decode run have to grow into.
+_SPARE_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +33,7 @@ class InputBatch:
         query_starts: [R + 1], where each row's tokens begin in the flat arrays; the last is N.
         context_lens: [R], tokens of the row's sequence with KV after this step.
         block_tables: [R, widest], blocks of each row's sequence; what lies past its context is undefined.
-        token_ids: [N]; undefined where ``from_last_token``.
+        token_ids: [N], of the vocabulary; which one is undefined where ``from_last_token``.
         from_last_token: [N], whether the token is the one last sampled in the row's slot (read on the device).
         token_slots: [N], the slot of each token.
         positions: [N].
@@ -69,39 +59,45 @@ class InputBatch:
     sampling: RowSampling
 
 
-class SlotSampling:
-    """Sampling parameters by slot."""
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What follows from a step's rows alone; ``starts`` is `InputBatch.query_starts`."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._temperature = np.zeros(max_num_seqs, dtype=np.float32)
-        self._top_p = np.ones(max_num_seqs, dtype=np.float32)
-        self._top_k = np.zeros(max_num_seqs, dtype=np.int32)
-        self._seed = np.zeros(max_num_seqs, dtype=np.uint64)
-        self._min_tokens = np.zeros(max_num_seqs, dtype=np.int32)
-        self._suppressed = [np.zeros(0, dtype=np.int32)] * max_num_seqs
+    rows: Rows
+    is_decode: bool  # one sampled token of each row
+    starts: Int64Array
+    sample_rows: Int64Array
+    sample_slots: Int32Array
 
-    def set(self, slot: int, sampling: plan_pb2.Sampling) -> None:
-        self._temperature[slot] = sampling.temperature
-        self._top_p[slot] = sampling.top_p
-        self._top_k[slot] = min(sampling.top_k, _INT32_MAX)
-        self._seed[slot] = sampling.seed
-        self._min_tokens[slot] = min(sampling.min_tokens, _INT32_MAX)
-        self._suppressed[slot] = unpack_int32(sampling.suppressed_token_ids)
-        _check_range("suppressed token", self._suppressed[slot], 0, self._vocab_size)
 
-    def rows(self, slots: Int32Array, output_positions: Int64Array) -> RowSampling:
-        """The parameters of a step's sampling rows; a copy, since slots change hands while the step waits."""
-        return RowSampling(
-            temperature=self._temperature[slots],
-            top_p=self._top_p[slots],
-            top_k=self._top_k[slots],
-            seed=self._seed[slots],
-            suppressed=tuple(
-                (int(row), self._suppressed[slots[row]])
-                for row in np.flatnonzero(output_positions < self._min_tokens[slots])
-            ),
-        )
+def _layout(rows: Rows) -> _Layout:
+    starts = np.zeros(len(rows.slots) + 1, dtype=np.int64)
+    np.cumsum(rows.num_scheduled_tokens, out=starts[1:])
+    sample_rows = np.flatnonzero(rows.samples)
+    # No row has less than one token.
+    is_decode = len(sample_rows) == len(rows.slots) == starts[-1]
+    return _Layout(rows, is_decode, starts, sample_rows, rows.slots if is_decode else rows.slots[sample_rows])
+
+
+@dataclass(slots=True)
+class _DecodeRun:
+    """A decode step whose rows the next plans may repeat: then inputs follow from those of the step before."""
+
+    batch: InputBatch  # of the latest step; all its tokens are the slots' last ones, and none is suppressed
+    first_offsets: Int64Array  # [R], of the first step's positions in their blocks
+    longest: int  # the greatest of context_lens
+    # [R, wider than needed]. Steps under way share it: a block is added past all that they read.
+    block_tables: Int32Array
+    row_of_slot: Int64Array  # -1: none
+    num_repeats: int = 0
+
+    def append(self, slots: Int32Array, places: Int32Array, blocks: Int32Array) -> bool:
+        """Adds blocks of rows to the tables. False: that cannot be done, and the tables are not right any more."""
+        rows = self.row_of_slot[slots]
+        if rows.min() < 0 or places.max() >= self.block_tables.shape[1]:
+            return False
+        self.block_tables[rows, places] = blocks
+        return True
 
 
 class BatchState:
@@ -128,16 +124,18 @@ class BatchState:
         self._vocab_size = vocab_size
         max_blocks = -(-max_model_len // block_size)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), dtype=np.int32)
-        self.num_blocks = np.zeros(max_num_seqs, dtype=np.int32)
         # Tokens that came with the plan; later ones exist on the device only.
         self.known_tokens = np.zeros((max_num_seqs, max_model_len), dtype=np.int32)
-        self.num_known_tokens = np.zeros(max_num_seqs, dtype=np.int32)
-        self.num_prompt_tokens = np.zeros(max_num_seqs, dtype=np.int32)
-        self.num_computed_tokens = np.zeros(max_num_seqs, dtype=np.int32)
+        self._counts = np.zeros((max_num_seqs, _COUNTS), dtype=np.int32)
+        self.num_blocks = self._counts[:, 0]
+        self.num_known_tokens = self._counts[:, 1]
+        self.num_prompt_tokens = self._counts[:, 2]
+        self.num_computed_tokens = self._counts[:, 3]
         self.sampling = SlotSampling(max_num_seqs, vocab_size)
         self._epoch = 0
         self._next_step_id = 0
-        self._row_slots = np.zeros(0, dtype=np.int32)
+        self._layout = _layout(_NO_ROWS)  # of the last plan
+        self._run: _DecodeRun | None = None
 
     @classmethod
     def of_group(cls, info: plan_pb2.GroupInfo, num_cache_blocks: int) -> "BatchState":
@@ -165,32 +163,39 @@ class BatchState:
 
     def _apply(self, plan: StepPlan) -> InputBatch:
         self._check_order(plan)
-        self._check_slots("finished", plan.finished_slots)
+        if plan.rows is not None or plan.new_sequences:
+            self._run = None
+        if len(plan.finished_slots):
+            self._check_slots("finished", plan.finished_slots)
         for new in plan.new_sequences:
             self._start_sequence(new)
         if len(plan.append_slots):
             self._append_blocks(plan.append_slots, plan.append_blocks)
-        if plan.rows is None:
-            rows = decode_rows(self._row_slots)
-        else:
-            rows = plan.rows
-            self._check_slots("row", rows.slots)
-            _check_range("scheduled tokens", rows.num_scheduled_tokens, 1, self._max_model_len + 1)
-            if rows.num_scheduled_tokens.sum(dtype=np.int64) > self._max_num_batched_tokens:
-                raise GroupError(f"more than {self._max_num_batched_tokens} tokens in a step")
-            self._row_slots = rows.slots
-        batch = self._input_batch(rows)
-        self.num_computed_tokens[rows.slots] += rows.num_scheduled_tokens
+        if self._run is not None:
+            return self._repeat(self._run)
+        if plan.rows is not None:
+            self._layout = self._checked_layout(plan.rows)
+        elif not self._layout.is_decode:
+            self._layout = _layout(decode_rows(self._layout.rows.slots))
+        batch = self._input_batch(self._layout)
+        self._run = self._begin_run(batch) if self._layout.is_decode else None
         return batch
+
+    def _checked_layout(self, rows: Rows) -> _Layout:
+        self._check_slots("row", rows.slots)
+        check_range("scheduled tokens", rows.num_scheduled_tokens, 1, self._max_model_len + 1)
+        layout = _layout(rows)
+        if layout.starts[-1] > self._max_num_batched_tokens:
+            raise GroupError(f"more than {self._max_num_batched_tokens} tokens in a step")
+        return layout
 
     def _check_order(self, plan: StepPlan) -> None:
         if plan.epoch != self._epoch:
             if plan.epoch < self._epoch:
                 raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
             self._epoch, self._next_step_id = plan.epoch, plan.step_id
-            for of_slots in (self.num_blocks, self.num_known_tokens, self.num_prompt_tokens, self.num_computed_tokens):
-                of_slots[:] = 0
-            self._row_slots = np.zeros(0, dtype=np.int32)
+            self._counts[:] = 0
+            self._layout, self._run = _layout(_NO_ROWS), None
         if plan.step_id >= _MAX_STEP_ID:
             raise GroupError(f"step {plan.step_id}: no step follows that")
         if plan.step_id != self._next_step_id:
@@ -208,8 +213,8 @@ class BatchState:
                 f"slot {slot}: {num_tokens} tokens, {new.num_prompt_tokens} of the prompt, "
                 f"{new.num_computed_tokens} computed"
             )
-        _check_range("token", new.token_ids, 0, self._vocab_size)
-        _check_range("block", new.block_table, 0, self._num_cache_blocks)
+        check_range("token", new.token_ids, 0, self._vocab_size)
+        check_range("block", new.block_table, 0, self._num_cache_blocks)
         self.known_tokens[slot, :num_tokens] = new.token_ids
         self.num_known_tokens[slot] = num_tokens
         self.num_prompt_tokens[slot] = new.num_prompt_tokens
@@ -219,53 +224,103 @@ class BatchState:
         self.sampling.set(slot, new.sampling)
 
     def _check_slots(self, what: str, slots: Int32Array) -> None:
-        _check_range(f"{what} slot", slots, 0, self._max_num_seqs)
-        if len(slots) > 1 and np.bincount(slots).max() > 1:
+        check_range(f"{what} slot", slots, 0, self._max_num_seqs)
+        if len(set(slots.tolist())) < len(slots):
             raise GroupError(f"a {what} slot is named twice")
 
     def _append_blocks(self, slots: Int32Array, blocks: Int32Array) -> None:
         self._check_slots("append", slots)
-        _check_range("block", blocks, 0, self._num_cache_blocks)
-        if (self.num_blocks[slots] == 0).any():
+        check_range("block", blocks, 0, self._num_cache_blocks)
+        num_blocks = self.num_blocks[slots]
+        if not num_blocks.all():
             raise GroupError("a slot without a sequence gets a block")
-        self.block_tables[slots, self.num_blocks[slots]] = blocks
-        self.num_blocks[slots] += 1
+        self.block_tables[slots, num_blocks] = blocks
+        self.num_blocks[slots] = num_blocks + 1
+        if self._run is not None and not self._run.append(slots, num_blocks, blocks):
+            self._run = None
 
-    def _input_batch(self, rows: Rows) -> InputBatch:
-        slots, counts = rows.slots, rows.num_scheduled_tokens
-        starts = np.zeros(len(slots) + 1, dtype=np.int64)
-        np.cumsum(counts, out=starts[1:])
-        computed = self.num_computed_tokens[slots]
+    def _input_batch(self, layout: _Layout) -> InputBatch:
+        slots, counts, starts = layout.rows.slots, layout.rows.num_scheduled_tokens, layout.starts
+        num_blocks, num_known, num_prompt, computed = self._counts[slots].T
         context_lens = computed + counts
-        reach = np.minimum(self.num_blocks[slots] * self.block_size, self._max_model_len)
-        if (context_lens > reach).any():
-            raise GroupError("a row reaches past its sequence's blocks")
-        token_slots = np.repeat(slots, counts)
-        positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - starts[:-1], counts)
-        num_blocks = -(-context_lens // self.block_size)
-        sample_rows = np.flatnonzero(rows.samples)
-        sample_slots = slots[sample_rows]
-        output_positions = context_lens[sample_rows].astype(np.int64) - self.num_prompt_tokens[sample_slots]
-        if (output_positions < 0).any():
+        longest = int(context_lens.max(initial=0))
+        if longest > self._max_model_len or (context_lens > num_blocks * self.block_size).any():
+            raise GroupError(_PAST_BLOCKS)
+        if layout.is_decode:
+            token_slots, positions = slots, computed.astype(np.int64)
+            from_last_token = computed >= num_known
+            output_positions = np.subtract(context_lens, num_prompt, dtype=np.int64)
+        else:
+            token_slots = np.repeat(slots, counts)
+            positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - starts[:-1], counts)
+            from_last_token = positions >= np.repeat(num_known, counts)
+            output_positions = np.subtract(context_lens, num_prompt, dtype=np.int64)[layout.sample_rows]
+        if output_positions.min(initial=0) < 0:
             raise GroupError("a row samples inside its prompt")
+        block_indices, offsets = np.divmod(positions, self.block_size)
+        slot_mapping = np.multiply(self.block_tables[token_slots, block_indices], self.block_size, dtype=np.int64)
+        slot_mapping += offsets
+        widest = -(-longest // self.block_size)
+        self.num_computed_tokens[slots] = context_lens
         return InputBatch(
             slots=slots,
             query_starts=starts,
             context_lens=context_lens,
-            block_tables=self.block_tables[slots, : num_blocks.max(initial=0)],
-            token_ids=self.known_tokens[token_slots, positions],
-            from_last_token=positions >= self.num_known_tokens[token_slots],
+            block_tables=self.block_tables[:, :widest].take(slots, axis=0),
+            token_ids=self._token_ids(token_slots, positions, from_last_token),
+            from_last_token=from_last_token,
             token_slots=token_slots,
             positions=positions,
-            slot_mapping=self.block_tables[token_slots, positions // self.block_size].astype(np.int64) * self.block_size
-            + positions % self.block_size,
-            sample_rows=sample_rows,
-            sample_slots=sample_slots,
+            slot_mapping=slot_mapping,
+            sample_rows=layout.sample_rows,
+            sample_slots=layout.sample_slots,
             output_positions=output_positions,
-            sampling=self.sampling.rows(sample_slots, output_positions),
+            sampling=self.sampling.rows(layout.sample_slots, output_positions),
         )
 
+    def _token_ids(self, token_slots: Int32Array, positions: Int64Array, from_last_token: BoolArray) -> Int32Array:
+        if from_last_token.all():
+            return np.zeros(len(positions), dtype=np.int32)
+        return self.known_tokens[token_slots, positions]
 
-def _check_range(what: str, values: Int32Array, start: int, stop: int) -> None:
-    if len(values) and not (start <= values.min() and values.max() < stop):
-        raise GroupError(f"{what} {values.min()} .. {values.max()}: not in {start} .. {stop - 1}")
+    def _begin_run(self, batch: InputBatch) -> _DecodeRun | None:
+        if not len(batch.slots) or batch.sampling.suppressed or not batch.from_last_token.all():
+            return None
+        row_of_slot = np.full(self._max_num_seqs, -1)
+        row_of_slot[batch.slots] = np.arange(len(batch.slots))
+        width = int(self.num_blocks[batch.slots].max()) + _SPARE_BLOCKS
+        return _DecodeRun(
+            batch,
+            batch.positions % self.block_size,
+            int(batch.context_lens.max()),
+            self.block_tables[:, :width].take(batch.slots, axis=0),
+            row_of_slot,
+        )
+
+    def _repeat(self, run: _DecodeRun) -> InputBatch:
+        """One more token for each row of the step before. Everything has been checked then but what changes: whether
+        rows that come to the end of a block have another."""
+        last = run.batch
+        run.num_repeats += 1
+        run.longest += 1
+        positions, context_lens = last.positions + 1, last.context_lens + 1
+        slot_mapping = last.slot_mapping + 1
+        (entering,) = np.nonzero(run.first_offsets == -run.num_repeats % self.block_size)
+        if len(entering):
+            slots, places = last.slots[entering], positions[entering] // self.block_size
+            if (places >= self.num_blocks[slots]).any():
+                raise GroupError(_PAST_BLOCKS)
+            blocks = self.block_tables[slots, places]
+            slot_mapping[entering] = np.multiply(blocks, self.block_size, dtype=np.int64)
+        if run.longest > self._max_model_len:
+            raise GroupError(_PAST_BLOCKS)
+        self.num_computed_tokens[last.slots] = context_lens
+        run.batch = replace(
+            last,
+            context_lens=context_lens,
+            block_tables=run.block_tables[:, : -(-run.longest // self.block_size)],
+            positions=positions,
+            slot_mapping=slot_mapping,
+            output_positions=last.output_positions + 1,
+        )
+        return run.batch

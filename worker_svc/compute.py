@@ -1,14 +1,21 @@
-"""The compute thread of a rank: takes prepared steps in order and launches them. Nothing else runs there."""
+"""Steps on their way through a rank's engine: prepared by the I/O thread, launched, resolved by the compute thread.
 
+An asynchronous engine gets each step from the I/O thread, at once: no hand-over lies between a plan and the device, and
+the compute thread has nothing to do but to wait for results. Otherwise the compute thread does all the engine's work.
+"""
+
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+from albireo.ledger import Ledger
 from albireo.plan import StepPlan, StepResult
+from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState, InputBatch
-from worker_svc.engine import Engine
+from worker_svc.engine import Engine, PendingStep, StepOutput, StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,35 +25,56 @@ class PreparedStep:
     epoch: int
     step_id: int
     batch: InputBatch
-    prepare_ns: int
+    received_at_ns: int
+    prepared_at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step that the engine has been given."""
+
+    prepared: PreparedStep
+    pending: PendingStep
+    launched_at_ns: int
 
 
 class StepQueue:
-    """Prepared steps of one group, on their way to the compute thread. Any thread may put, or end."""
+    """Prepared steps of one group, on their way to the compute thread. Any thread may put, or end.
 
-    def __init__(self) -> None:
-        self._queue: SimpleQueue[PreparedStep | None] = SimpleQueue()
+    Args:
+        engine: an asynchronous one, which gets each step when it is put.
+    """
+
+    def __init__(self, engine: Engine | None = None) -> None:
+        self._engine = engine
+        self._queue: SimpleQueue[PreparedStep | LaunchedStep | None] = SimpleQueue()
+        self._lock = threading.Lock()
         self.has_ended = False
 
     def put(self, step: PreparedStep) -> None:
-        self._queue.put(step)
+        if self._engine is None:
+            self._queue.put(step)
+            return
+        with self._lock:
+            if not self.has_ended:
+                self._queue.put(_launch(self._engine, step))
 
     def end(self) -> None:
-        """The group is broken: what still waits is not run."""
-        self.has_ended = True
+        """The group is broken: what still waits is not run, and nothing is launched any more."""
+        with self._lock:
+            self.has_ended = True
         self._queue.put(None)
 
-    def get(self) -> PreparedStep | None:
+    def get(self) -> PreparedStep | LaunchedStep | None:
         """Waits for the next step; None at the end."""
         step = self._queue.get()
         return None if self.has_ended else step
 
 
-def prepare(state: BatchState, plan: StepPlan) -> PreparedStep:
-    """Applies a plan to the batch state (T2)."""
-    start = time.perf_counter_ns()
+def prepare(state: BatchState, plan: StepPlan, received_at_ns: int) -> PreparedStep:
+    """Applies a plan, which arrived then, to the batch state (T2)."""
     batch = state.apply(plan)
-    return PreparedStep(plan.epoch, plan.step_id, batch, time.perf_counter_ns() - start)
+    return PreparedStep(plan.epoch, plan.step_id, batch, received_at_ns, time.monotonic_ns())
 
 
 def run_steps(
@@ -54,23 +82,75 @@ def run_steps(
     steps: StepQueue,
     report: Callable[[StepResult], None],
     guard: Callable[[], AbstractContextManager[None]],
+    ledger: Ledger,
 ) -> None:
-    """Runs steps until the queue ends.
+    """Runs steps until the queue ends; the compute thread's loop.
 
     Args:
         report: called from this thread, in the order of the steps.
         guard: each step runs inside one of these.
+        ledger: gets a row of `RANK_COLUMNS` for each step.
+    Raises GroupError when the engine has lost a peer.
     """
-    while True:
-        waiting_since = time.perf_counter_ns()
-        step = steps.get()
-        if step is None:
-            return
-        idle_ns = time.perf_counter_ns() - waiting_since
+    last_end_ns = 0
+    while (step := steps.get()) is not None:
         with guard():
-            output = engine.launch(step.batch).resolve()
+            launched = step if isinstance(step, LaunchedStep) else _start(engine, step)
+            output = launched.pending.resolve()
         if steps.has_ended:  # meanwhile: its tokens may be those of an aborted collective
             return
-        output.timings.prepare_ns += step.prepare_ns
-        output.timings.idle_ns = idle_ns
-        report(StepResult(step.epoch, step.step_id, output.token_ids, output.timings))
+        prepared, times = launched.prepared, output.times
+        timings = _timings(prepared, times, last_end_ns)
+        report(StepResult(prepared.epoch, prepared.step_id, output.token_ids, timings))
+        _record(ledger, launched, times)
+        last_end_ns = times.end_at_ns
+
+
+def _launch(engine: Engine, step: PreparedStep) -> LaunchedStep:
+    """Hands a step to an asynchronous engine. What goes wrong is raised by its `resolve`, on the compute thread."""
+    try:
+        pending = engine.launch(step.batch)
+    except Exception as error:  # noqa: BLE001  # raised again
+        pending = _Failed(error)
+    return LaunchedStep(step, pending, time.monotonic_ns())
+
+
+def _start(engine: Engine, step: PreparedStep) -> LaunchedStep:
+    """Has an engine that is not asynchronous do most of a step."""
+    launched_at_ns = time.monotonic_ns()
+    return LaunchedStep(step, engine.launch(step.batch), launched_at_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    error: Exception
+
+    def resolve(self) -> StepOutput:
+        raise self.error
+
+
+def _timings(step: PreparedStep, times: StepTimes, last_end_ns: int) -> plan_pb2.StepTimings:
+    return plan_pb2.StepTimings(
+        prepare_ns=step.prepared_at_ns - step.received_at_ns,
+        forward_ns=times.forward_ns,
+        sample_ns=times.sample_ns,
+        idle_ns=max(0, times.start_at_ns - last_end_ns) if last_end_ns else 0,
+    )
+
+
+def _record(ledger: Ledger, launched: LaunchedStep, times: StepTimes) -> None:
+    step = launched.prepared
+    ledger.add(
+        step.step_id,
+        step.received_at_ns,
+        step.prepared_at_ns,
+        launched.launched_at_ns,
+        times.start_at_ns,
+        times.end_at_ns,
+        times.forward_ns,
+        times.sample_ns,
+        times.collective_ns,
+        0,
+        len(step.batch.slots),
+        len(step.batch.positions),
+    )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from albireo.config import flag
+from worker_svc.stub.roofline import DEVICES, MODELS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,16 @@ class WorkerConfig:
     run_dir: str = flag("", "directory for sockets and logs of this group; default: a temporary one")
     metrics_port: int = flag(0, "Prometheus metrics of the leader on this port of 127.0.0.1; 0: none")
     log_level: str = flag("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    stub_mode: str = flag(
+        "truth",
+        "truth: the stub engine's tokens prove the plans right; clock: it only takes time, for measuring hosts",
+        choices=("truth", "clock"),
+    )
     stub_step_ms: float = flag(0.0, "how long a step of the stub engine lasts (modelled)")
+    stub_device: str = flag(
+        "none", "a step of the stub engine lasts as long as on this device (modelled)", choices=("none", *DEVICES)
+    )
+    stub_model: str = flag("none", "... with a model of this size", choices=("none", *MODELS))
     step_timeout: float = flag(
         60.0, "seconds after which a step that has not completed is taken for stuck; the rank then restarts"
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Protocol
 
 from albireo.arrays import Int32Array
-from albireo.v1 import plan_pb2
 from worker_svc.batch import InputBatch
 
 BLOCK_SIZE = 32  # tokens; the KV store's canonical layout will count on it
@@ -30,7 +29,11 @@ class EngineConfig:
     max_num_batched_tokens: int
     kv_cache_gib: float  # per rank; 0: chosen by the engine
     block_size: int = BLOCK_SIZE
-    stub_step_ms: float = 0.0  # how long a step of the stub lasts (modelled)
+    # Of the stub alone: what it computes, and how long its steps last (modelled).
+    stub_mode: str = "truth"
+    stub_step_ms: float = 0.0
+    stub_device: str = "none"
+    stub_model: str = "none"
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,30 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """When the device ran a step (CLOCK_MONOTONIC, ns) and how long its parts took; 0: none, or not known.
+
+    Attributes:
+        start_at_ns, end_at_ns: of forward and sampling, by the device's own time line.
+        forward_ns: T3, its collectives included.
+        sample_ns: T4.
+        collective_ns: what of the step was spent in collectives, waiting for peers included.
+    """
+
+    start_at_ns: int
+    end_at_ns: int
+    forward_ns: int
+    sample_ns: int
+    collective_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Tokens [S] of a step's sampling rows, identical on every rank, and the step's durations."""
+    """Tokens [S] of a step's sampling rows, identical on every rank (an engine whose tokens mean nothing may leave them
+    out on all ranks but the first), and the step's times."""
 
     token_ids: Int32Array
-    timings: plan_pb2.StepTimings
+    times: StepTimes
 
 
 class PendingStep(Protocol):
@@ -61,11 +83,17 @@ class PendingStep(Protocol):
 
 
 class Engine(Protocol):
-    """Runs the steps of one rank, on one thread: load, then join, allocate, launch ..., leave for group after group.
+    """Runs the steps of one rank: load, then join, allocate, launch ..., leave for group after group.
 
     All ranks of a group make the same calls in the same order from `join` on; `join`, `launch` and the step's `resolve`
-    raise GroupError when a peer is lost. No wait for a peer is endless.
+    raise GroupError when a peer is lost. No wait for a peer is endless. One thread makes all calls, but for `abort`,
+    and for `launch` where that is asynchronous.
     """
+
+    is_asynchronous: bool
+    """Whether `launch` but queues a step on the device, in microseconds and without waiting for anyone. Then the I/O
+    thread launches each step as soon as it is prepared, while the device runs the one before. Else the compute thread
+    launches a step when it has resolved the last."""
 
     def load(self, report: Progress) -> EngineInfo:
         """Loads weights and finds out how many blocks fit. Needs no other rank."""
@@ -77,12 +105,12 @@ class Engine(Protocol):
         """Makes a KV cache of the group's number of blocks; keeps the one that is there when the number is the same."""
 
     def launch(self, batch: InputBatch) -> PendingStep:
-        """Starts forward and sampling of one step. An asynchronous device returns before the step has run."""
+        """Starts forward and sampling of one step."""
 
     def abort(self) -> None:
-        """Gets `join` and `launch` out of a wait for a peer, now or later, until `leave`: they raise GroupError.
+        """Gets `join`, `launch` and `resolve` out of their waits, now or later, until `leave`: they raise GroupError.
 
-        The one method that other threads call. An engine that cannot do this does nothing: its waits end by themselves.
+        Any thread calls this. An engine that cannot do this does nothing: its waits end by themselves.
         """
 
     def leave(self) -> None:

@@ -1,6 +1,7 @@
 """A rank that is not the leader, as its compute thread sees it."""
 
 import threading
+import time
 from pathlib import Path
 
 from albireo.errors import GroupError
@@ -50,6 +51,8 @@ def _receive_plans(relay: RelayClient, state: BatchState, membership: Membership
     """The I/O thread of one group."""
     try:
         while True:
-            membership.steps.put(prepare(state, decode_plan(relay.receive_plan())))
+            data = relay.receive_plan()
+            received_at_ns = time.monotonic_ns()
+            membership.steps.put(prepare(state, decode_plan(data), received_at_ns))
     except GroupError as error:
         membership.break_up(str(error))

@@ -13,6 +13,8 @@ from albireo import rpc
 from albireo.metrics import serve_metrics
 from albireo.plan import StepResult
 from albireo.v1 import plan_pb2
+from worker_svc import ledgers
+from worker_svc.ledgers import GroupLedgers
 from worker_svc.life import Meeting, Membership
 from worker_svc.plan_stream import SERVICE_NAME, WorkerGroup
 from worker_svc.relay import Kind, RelayServer
@@ -23,10 +25,13 @@ Result = TypeVar("Result")
 class Leader:
     """Gathers the ranks of each group, and serves its planner. Methods with an underscore run on the I/O thread."""
 
-    def __init__(self, tp_size: int, listen: str, relay_path: Path, metrics_port: int) -> None:
+    def __init__(
+        self, tp_size: int, listen: str, relay_path: Path, metrics_port: int, group_ledgers: GroupLedgers
+    ) -> None:
         self._loop = uvloop.new_event_loop()
         self._relay = RelayServer(tp_size - 1, self._lose)
         self._group = WorkerGroup(lambda plan: self._relay.send_all(Kind.PLAN, plan))
+        self._ledgers = group_ledgers
         self._membership: Membership | None = None
         self._server: aio.Server | None = None
         self._health: rpc.Health | None = None
@@ -59,11 +64,12 @@ class Leader:
     async def _start(self, listen: str, relay_path: Path, metrics_port: int) -> None:
         await self._relay.listen(relay_path)
         self._server = rpc.make_server(for_peers=True)
-        self._server.add_generic_rpc_handlers((self._group.handlers(),))
-        self._health = await rpc.add_health(self._server, [SERVICE_NAME])
+        self._server.add_generic_rpc_handlers((self._group.handlers(), self._ledgers.handlers()))
+        self._health = await rpc.add_health(self._server, [SERVICE_NAME, ledgers.SERVICE_NAME])
         self._server.add_insecure_port(listen)
         await self._server.start()
         serve_metrics(metrics_port)
+        self._run(self._ledgers.keep_folding())
 
     async def _meet(self, membership: Membership, num_blocks: int) -> Meeting:
         self._membership = membership
@@ -82,7 +88,10 @@ class Leader:
     def _part(self, reason: str) -> None:
         self._group.set_broken(reason)
         self._relay.release()
-        task = self._loop.create_task(self._show_health())
+        self._run(self._show_health())
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -18,6 +18,7 @@ from typing import Protocol
 import structlog
 
 from albireo.errors import GroupError
+from albireo.ledger import Ledger
 from albireo.plan import StepResult
 from albireo.v1 import plan_pb2
 from albireo.watchdog import Watchdog
@@ -66,7 +67,7 @@ class Membership:
     """This rank's part in one group, from before the meeting to the break. `break_up` may be called by any thread."""
 
     def __init__(self, engine: Engine, deadlines: Deadlines, on_break: Callable[[str], None]) -> None:
-        self.steps = StepQueue()
+        self.steps = StepQueue(engine if engine.is_asynchronous else None)
         self._engine = engine
         self._deadlines = deadlines
         self._on_break = on_break
@@ -130,10 +131,11 @@ class Role(Protocol):
 class Life:
     """Runs one rank until SIGTERM."""
 
-    def __init__(self, watchdog: Watchdog, deadlines: Deadlines, step_timeout_s: float) -> None:
+    def __init__(self, watchdog: Watchdog, deadlines: Deadlines, step_timeout_s: float, ledger: Ledger) -> None:
         self._watchdog = watchdog
         self._deadlines = deadlines
         self._step_timeout_s = step_timeout_s
+        self._ledger = ledger
         self._membership: Membership | None = None
         self._is_stopping = False
         call_at_sigterm(self._stop)
@@ -147,7 +149,7 @@ class Life:
             try:
                 self._form(engine, role, membership, info)
                 num_failures = 0
-                run_steps(engine, membership.steps, role.report, self._step_guard)
+                run_steps(engine, membership.steps, role.report, self._step_guard, self._ledger)
             except GroupError as error:
                 membership.break_up(str(error))
                 num_failures += 1

@@ -1,11 +1,11 @@
 """The service of a worker group: its status and the plan stream. Runs on the leader's I/O loop.
 
-A plan is prepared and queued for our own compute thread first, then relayed: the other ranks launch a moment later
-instead of everyone. Plans and results pass as bytes, so that each is coded only once.
+A plan is prepared and handed to our own engine first, then relayed: the other ranks launch a moment later instead of
+everyone. Plans and results pass as bytes, so that each is coded only once.
 """
 
 import asyncio
-import functools
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -61,7 +61,6 @@ class WorkerGroup:
         self._stream: _PlanStream | None = None
         self._epoch = self._next_step_id = 0
         self._num_formings = self._num_steps = self._num_tokens = 0
-        self._seconds = dict.fromkeys(("prepare", "forward", "sample", "idle"), 0.0)
         self._metrics = self._make_metrics()
 
     def handlers(self) -> "grpc.GenericRpcHandler[Any, Any]":
@@ -98,8 +97,6 @@ class WorkerGroup:
         """A step of ours has run; called in order."""
         self._num_steps += 1
         self._num_tokens += len(result.token_ids)
-        for phase in self._seconds:
-            self._seconds[phase] += getattr(result.timings, f"{phase}_ns") / 1e9
         log.debug("step ran", step_id=result.step_id, num_tokens=len(result.token_ids), rank=0)
         if self._stream is not None and result.epoch == self._stream.epoch:  # others are for a planner that is gone
             self._stream.results.put_nowait(result)
@@ -139,9 +136,10 @@ class WorkerGroup:
     async def _read_plans(self, plans: AsyncIterator[bytes], stream: _PlanStream) -> None:
         try:
             async for data in plans:
+                received_at_ns = time.monotonic_ns()
                 if stream.status is not None:
                     return
-                self._take_plan(data, stream)
+                self._take_plan(data, stream, received_at_ns)
             stream.end(grpc.StatusCode.OK)
         except GroupError as error:
             log.error("the plan stream cannot be followed", error=str(error))
@@ -149,13 +147,13 @@ class WorkerGroup:
         finally:
             stream.end(grpc.StatusCode.CANCELLED)
 
-    def _take_plan(self, data: bytes, stream: _PlanStream) -> None:
+    def _take_plan(self, data: bytes, stream: _PlanStream, received_at_ns: int) -> None:
         plan = decode_plan(data)
         if not (plan.epoch == stream.epoch if stream.num_taken else plan.epoch > self._epoch):
             raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
         if stream.num_queued >= MAX_PLANS_QUEUED:
             raise GroupError(f"step {plan.step_id}: {stream.num_queued} plans are queued already")
-        step = prepare(stream.state, plan)
+        step = prepare(stream.state, plan, received_at_ns)
         stream.epoch = self._epoch = plan.epoch
         self._next_step_id = plan.step_id + 1
         stream.num_taken += 1
@@ -168,9 +166,4 @@ class WorkerGroup:
             "albireo_worker_steps": ("Steps run", lambda: self._num_steps),
             "albireo_worker_sampled_tokens": ("Tokens sampled", lambda: self._num_tokens),
         }
-        for phase in self._seconds:
-            counters[f"albireo_worker_{phase}_seconds"] = (
-                f"Time of all steps: {phase}",
-                functools.partial(self._seconds.__getitem__, phase),
-            )
         return Readings({}, counters)

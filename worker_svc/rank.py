@@ -6,6 +6,7 @@ from pathlib import Path
 import structlog
 
 from albireo.errors import ConfigError
+from albireo.ledger import RANK_COLUMNS, Ledger
 from albireo.model_spec import resolve_model
 from albireo.v1 import plan_pb2
 from albireo.watchdog import Watchdog
@@ -13,6 +14,7 @@ from worker_svc.config import WorkerConfig
 from worker_svc.engine import BLOCK_SIZE, Engine, EngineConfig, EngineInfo
 from worker_svc.follower import Follower
 from worker_svc.leader import Leader
+from worker_svc.ledgers import GroupLedgers, ledger_path
 from worker_svc.life import Deadlines, Life
 from worker_svc.relay import NoLeaderError
 
@@ -24,8 +26,9 @@ def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     deadlines = Deadlines()
     watchdog.start_thread(deadlines.check)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the group decides when it ends
-    life = Life(watchdog, deadlines, config.step_timeout)
-    role = _make_role(config, run_dir)
+    ledger = Ledger(f"rank-{config.rank}", RANK_COLUMNS, path=ledger_path(run_dir, config.rank))
+    life = Life(watchdog, deadlines, config.step_timeout, ledger)
+    role = _make_role(config, run_dir, ledger)
     engine_config, engine = make_engine(config, run_dir)
     info = engine.load(role.report_progress)
     log.info("weights are loaded", num_blocks=info.num_blocks)
@@ -40,11 +43,12 @@ def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     return 0
 
 
-def _make_role(config: WorkerConfig, run_dir: Path) -> Leader | Follower:
+def _make_role(config: WorkerConfig, run_dir: Path, ledger: Ledger) -> Leader | Follower:
     """Made before the weights are loaded: a leader tells how far that is, and those that survived the last one wait."""
     relay_path = run_dir / "relay.sock"
     if config.rank == 0:
-        return Leader(config.tp, config.listen, relay_path, config.metrics_port)
+        ledgers = GroupLedgers(run_dir, config.tp, ledger)
+        return Leader(config.tp, config.listen, relay_path, config.metrics_port, ledgers)
     return Follower(config.rank, relay_path)
 
 
@@ -74,7 +78,10 @@ def make_engine(config: WorkerConfig, run_dir: Path) -> tuple[EngineConfig, Engi
         max_model_len=config.max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gib=config.kv_cache_gib,
+        stub_mode=config.stub_mode,
         stub_step_ms=config.stub_step_ms,
+        stub_device=config.stub_device,
+        stub_model=config.stub_model,
     )
     if config.engine == "torch":
         return engine_config, TorchEngine(engine_config)

@@ -28,7 +28,7 @@ def choose_prompts(state: PlannerState, budget: int, may_start: bool) -> Prompts
     and does not fit keeps those behind from starting: its room must come together.
     """
     chosen = Prompts()
-    in_progress = [_owner(state, slot) for slot in state.table.prefilling]
+    in_progress = [state.table.owner(slot) for slot in state.table.prefilling]
     passed_over: list[Sequence] = []
     while budget > 0:
         first = min(in_progress, key=state.queue.order_of, default=None)
@@ -67,7 +67,7 @@ def find_blocks(state: PlannerState, sequence: Sequence) -> list[int]:
 def _give_tokens(state: PlannerState, sequence: Sequence, budget: int, chosen: Prompts) -> int:
     """Schedules as many tokens of a prompt as the budget allows; returns how many."""
     table, slot = state.table, sequence.slot
-    count = min(int(table.num_tokens[slot] - table.num_computed_tokens[slot]), budget)
+    count = min(len(sequence.token_ids) - int(table.num_computed_tokens[slot]), budget)
     chosen.slots.append(slot)
     chosen.counts.append(count)
     state.tenants.charge(sequence.tenant, count)
@@ -92,7 +92,7 @@ def _num_missing_blocks(state: PlannerState, sequence: Sequence, found: list[int
     an arrival does not make the others preempt it at once."""
     num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
     needed = num_blocks - len(found) + state.pool.num_free_among(found)
-    return needed + state.num_running - state.pool.num_free
+    return needed + state.table.num_running - state.pool.num_free
 
 
 def make_way(state: PlannerState) -> None:
@@ -119,25 +119,21 @@ def _who_gives_way(state: PlannerState, sequence: Sequence) -> int | None:
     Source: dominant resource fairness (Ghodsi et al., NSDI 2011).
     """
     table, limits = state.table, state.limits
-    slots = np.flatnonzero(table.active)
-    num_tenants = max(int(table.tenant[slots].max(initial=0)), sequence.tenant) + 1
-    num_slots = np.bincount(table.tenant[slots], minlength=num_tenants)
-    num_held = np.bincount(table.tenant[slots], weights=table.num_blocks[slots], minlength=num_tenants)
+    num_slots = np.bincount(table.tenant + 1, minlength=sequence.tenant + 2)[1:]
+    num_held = np.bincount(table.tenant + 1, weights=table.num_blocks, minlength=sequence.tenant + 2)[1:]
     shares = np.maximum(num_slots / limits.max_num_seqs, num_held / limits.num_blocks)
     fair = 1 / state.tenants.num_active
     num_blocks = -(-len(sequence.token_ids) // limits.block_size)
     own_slots, own_blocks = num_slots[sequence.tenant] + 1, num_held[sequence.tenant] + num_blocks
     if max(own_slots / limits.max_num_seqs, own_blocks / limits.num_blocks) > fair:
         return None
-    gives_way = (shares > fair) & (num_slots > 1)
-    candidates = [_owner(state, slot) for slot in slots[gives_way[table.tenant[slots]]]]
-    candidates = [each for each in candidates if each.place.negative_priority >= sequence.place.negative_priority]
+    candidates = [
+        owner
+        for slot in [*table.decoding_slots.tolist(), *table.prefilling]
+        if shares[(owner := table.owner(slot)).tenant] > fair
+        and num_slots[owner.tenant] > 1
+        and owner.place.negative_priority >= sequence.place.negative_priority
+    ]
     if not candidates:
         return None
     return max(candidates, key=lambda each: (each.place.negative_priority, shares[each.tenant], each.place)).slot
-
-
-def _owner(state: PlannerState, slot: int) -> Sequence:
-    owner = state.table.owners[slot]
-    assert owner is not None
-    return owner

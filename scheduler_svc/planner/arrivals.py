@@ -1,5 +1,7 @@
 """Front ends' messages change the planner's state. Bounds are checked again: no front end can bypass them."""
 
+import functools
+import math
 from dataclasses import dataclass
 
 import grpc
@@ -17,6 +19,7 @@ from scheduler_svc.planner.sequence import EndReason, Place, Sequence
 from scheduler_svc.planner.state import Limits, PlannerState, end, submit
 
 _MAX_REMAINING_S = 1e9
+_root_hash = functools.lru_cache(maxsize=1024)(root_hash)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def apply_message(
         try:
             sequence = _sequence(state, frontend, request, arrival + offset)
             sequence.submitted_ns = now_ns
-            ended = _already_over(state, sequence)
+            ended = _already_over(sequence)
             least_ns = _least_ns(state, sequence, request, rates) if ended is None else 0
         except Refused as refused:
             arrived.refused.append((request.sequence_id, refused))
@@ -94,17 +97,11 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
         raise Refused(f"sequence_id {request.sequence_id} is running already")
     if state.queue.num_waiting >= limits.max_waiting and not request.is_resumed:
         raise Refused(f"{limits.max_waiting} sequences wait already", grpc.StatusCode.RESOURCE_EXHAUSTED)
-    try:
-        prompt = unpack_int32(request.token_ids)
-        stop_token_ids = unpack_int32(request.stop_token_ids)
-        output = unpack_int32(request.output_token_ids)
-    except ValueError as error:
-        raise Refused(f"token ids are not packed int32: {error}") from error
+    prompt = _token_ids("token_ids", request.token_ids, limits)
+    output = _token_ids("output_token_ids", request.output_token_ids, limits)
+    stop_token_ids = _token_ids("stop_token_ids", request.stop_token_ids, limits)
     if not 1 <= len(prompt) < limits.max_model_len:
         raise Refused(f"prompt of {len(prompt)} tokens; 1 to {limits.max_model_len - 1} fit the context")
-    for name, ids in (("token_ids", prompt), ("stop_token_ids", stop_token_ids), ("output_token_ids", output)):
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < limits.vocab_size:
-            raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
     if request.max_tokens < 1:
         raise Refused("max_tokens 0; at least 1")
     if not (0 <= request.remaining_s < _MAX_REMAINING_S):
@@ -112,20 +109,32 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
     max_total_tokens = min(len(prompt) + request.max_tokens, limits.max_model_len)
     if len(prompt) + len(output) > max_total_tokens:
         raise Refused(f"{len(output)} output tokens, where {max_total_tokens - len(prompt)} is the limit")
+    ends = frozenset(stop_token_ids.tolist())
+    if not request.ignore_eos:
+        ends |= limits.eos_token_ids
     return Sequence(
         frontend=frontend,
         sequence_id=request.sequence_id,
         request_id=request.request_id,
-        token_ids=np.concatenate([prompt, output]),
+        token_ids=np.concatenate([prompt, output]) if len(output) else prompt,
         num_prompt_tokens=len(prompt),
         max_total_tokens=max_total_tokens,
-        sampling=_sampling(request, stop_token_ids, limits),
+        sampling=_sampling(request, ends, limits),
         place=Place(-request.priority, arrival),
-        stop_token_ids=frozenset(stop_token_ids.tolist()),
-        ignore_eos=request.ignore_eos,
-        root=root_hash(request.tenant),
+        stop_token_ids=ends,
+        root=_root_hash(request.tenant),
         min_output_tokens=max(1, min(request.min_output_tokens, max_total_tokens - len(prompt))),
     )
+
+
+def _token_ids(name: str, packed: bytes, limits: Limits) -> Int32Array:
+    try:
+        ids = unpack_int32(packed)
+    except ValueError as error:
+        raise Refused(f"{name} are not packed int32: {error}") from error
+    if len(ids) and int(ids.view(np.uint32).max()) >= limits.vocab_size:  # as are negative ones
+        raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
+    return ids
 
 
 def _least_ns(state: PlannerState, sequence: Sequence, request: frontend_pb2.Submit, rates: StepRates) -> int:
@@ -144,28 +153,27 @@ def _least_ns(state: PlannerState, sequence: Sequence, request: frontend_pb2.Sub
     return int(least_s * 1e9)
 
 
-def _already_over(state: PlannerState, sequence: Sequence) -> Ended | None:
+def _already_over(sequence: Sequence) -> Ended | None:
     """How a resumed sequence has ended, when its planner was lost between its last token and saying so."""
     if len(sequence.token_ids) == sequence.num_prompt_tokens:
         return None
     token = int(sequence.token_ids[-1])
-    if sequence.stops_at(token, bool(state.is_eos[token]), len(sequence.token_ids)):
+    if sequence.stops_at(token, len(sequence.token_ids)):
         return Ended(sequence, EndReason.STOP, token)
     if len(sequence.token_ids) >= sequence.max_total_tokens:
         return Ended(sequence, EndReason.LENGTH)
     return None
 
 
-def _sampling(request: frontend_pb2.Submit, stop_token_ids: Int32Array, limits: Limits) -> plan_pb2.Sampling:
+def _sampling(request: frontend_pb2.Submit, stop_token_ids: frozenset[int], limits: Limits) -> plan_pb2.Sampling:
     """The request's sampling parameters, with the ids that min_tokens forbids: those that would end the sequence."""
     sampling = request.sampling
-    if not (np.isfinite(sampling.temperature) and sampling.temperature >= 0):
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
         raise Refused(f"temperature {sampling.temperature}; a finite number >= 0")
     if not 0 < sampling.top_p <= 1:
         raise Refused(f"top_p {sampling.top_p}; in (0, 1]")
     if sampling.min_tokens:
-        suppressed = np.union1d(stop_token_ids, [] if request.ignore_eos else limits.eos_token_ids)
-        if len(suppressed) >= limits.vocab_size:
+        if len(stop_token_ids) >= limits.vocab_size:
             raise Refused("with min_tokens, the stop_token_ids leave no token to sample")
-        sampling.suppressed_token_ids = pack_int32(suppressed)
+        sampling.suppressed_token_ids = pack_int32(sorted(stop_token_ids))
     return sampling

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo.arrays import Int32Array, Int64Array
 from albireo.errors import GroupError
 from scheduler_svc.planner.sequence import EndReason, Sequence, Status
 from scheduler_svc.planner.state import PlannerState, StepRecord, end, requeue_drained
@@ -38,17 +38,17 @@ def commit_step(state: PlannerState, step_id: int, token_ids: Int32Array) -> Com
     """
     record = _take_record(state, step_id, token_ids)
     beginners = [each for each in record.beginners if each.status is not Status.ENDED and not _has_output(state, each)]
+    slots, tokens = record.slots, token_ids
     if record.left:
-        is_left = np.zeros_like(state.table.active)
+        is_left = np.zeros_like(state.table.is_decoding)
         is_left[list(record.left)] = True
-        has_left = is_left[record.slots]
-        committed = _commit_running(state, record.slots[~has_left], token_ids[~has_left], beginners)
-        committed = _commit_draining(state, record, token_ids, has_left, committed)
-    else:
-        committed = _commit_running(state, record.slots, token_ids, beginners)
-    state.pool.release(step_id)
+        has_left = is_left[slots]
+        slots, tokens = slots[~has_left], tokens[~has_left]
+    committed = _commit_running(state, record, slots, tokens, beginners)
     if state.draining:
+        committed = _commit_draining(state, record, token_ids, committed)
         requeue_drained(state, step_id)
+    state.pool.release(step_id)
     return committed
 
 
@@ -63,30 +63,26 @@ def _take_record(state: PlannerState, step_id: int, token_ids: Int32Array) -> St
 
 
 def _commit_running(
-    state: PlannerState, slots: Int32Array, token_ids: Int32Array, beginners: list[Sequence]
+    state: PlannerState, record: StepRecord, slots: Int64Array, token_ids: Int32Array, beginners: list[Sequence]
 ) -> Committed:
     """Tokens of sequences that still own their slots: array operations, and a loop over those that end."""
     table = state.table
-    num_tokens = table.num_known_tokens[slots]
-    table.token_ids[slots, num_tokens] = token_ids
-    num_tokens += 1
-    table.num_known_tokens[slots] = num_tokens
-    stops = _find_stops(state, slots, token_ids, num_tokens)
+    num_known = table.num_known_tokens[slots]
+    table.token_ids[slots, num_known] = token_ids
+    table.num_known_tokens[slots] = num_known + 1
     committed = Committed(table.frontend[slots], table.sequence_id[slots], token_ids, [], beginners)
-    for row in (stops | (num_tokens >= table.max_total_tokens[slots])).nonzero()[0]:
-        _end(state, _owner(state, slots[row]), int(token_ids[row]), bool(stops[row]), committed)
+    is_stop = table.is_stop[token_ids]
+    if is_stop.any():
+        for row in is_stop.nonzero()[0].tolist():
+            sequence, token = table.owner(slots[row]), int(token_ids[row])
+            if sequence.stops_at(token, int(num_known[row]) + 1):
+                end(state, sequence)
+                committed.ended.append(Ended(sequence, EndReason.STOP, token))
+    for sequence in record.finishers:
+        if sequence.status is Status.RUNNING:
+            end(state, sequence)
+            committed.ended.append(Ended(sequence, EndReason.LENGTH))
     return committed
-
-
-def _find_stops(state: PlannerState, slots: Int32Array, token_ids: Int32Array, num_tokens: Int32Array) -> BoolArray:
-    """The rows whose token ends their sequence."""
-    table = state.table
-    stops: BoolArray = state.is_eos[token_ids] & table.checks_eos[slots]
-    if table.num_with_stop_token_ids:
-        stops |= (table.stop_token_ids[slots] == token_ids[:, None]).any(axis=1)
-        for row in table.has_more_stop_token_ids[slots].nonzero()[0]:
-            stops[row] |= int(token_ids[row]) in _owner(state, slots[row]).stop_token_ids
-    return stops & (num_tokens > table.min_total_tokens[slots])
 
 
 def _has_output(state: PlannerState, sequence: Sequence) -> bool:
@@ -95,41 +91,27 @@ def _has_output(state: PlannerState, sequence: Sequence) -> bool:
     return bool(num_known > sequence.num_prompt_tokens)
 
 
-def _commit_draining(
-    state: PlannerState, record: StepRecord, token_ids: Int32Array, has_left: BoolArray, committed: Committed
-) -> Committed:
+def _commit_draining(state: PlannerState, record: StepRecord, token_ids: Int32Array, committed: Committed) -> Committed:
     """Tokens that steps in flight sampled for preempted sequences; one by one, since preemption is rare."""
-    frontends, sequence_ids, tokens = [], [], []
-    for row in has_left.nonzero()[0]:
-        sequence = record.left[int(record.slots[row])]
-        if sequence.status is not Status.DRAINING:
-            continue
-        token = int(token_ids[row])
-        sequence.token_ids = np.append(sequence.token_ids, np.int32(token))
-        num_tokens = len(sequence.token_ids)
-        frontends.append(sequence.frontend)
-        sequence_ids.append(sequence.sequence_id)
-        tokens.append(token)
-        stops = sequence.stops_at(token, bool(state.is_eos[token]), num_tokens)
-        if stops or num_tokens >= sequence.max_total_tokens:
-            _end(state, sequence, token, stops, committed)
-    if not tokens:
+    rows = {slot: row for row, slot in enumerate(record.slots.tolist()) if slot in record.left}
+    taken = [(sequence, rows[slot]) for slot, sequence in record.left.items() if slot in rows]
+    taken = [(sequence, row) for sequence, row in taken if sequence.status is Status.DRAINING]
+    if not taken:
         return committed
+    for sequence, row in taken:
+        sequence.token_ids = np.append(sequence.token_ids, token_ids[row])
+        token, num_tokens = int(token_ids[row]), len(sequence.token_ids)
+        if sequence.stops_at(token, num_tokens):
+            end(state, sequence)
+            committed.ended.append(Ended(sequence, EndReason.STOP, token))
+        elif num_tokens >= sequence.max_total_tokens:
+            end(state, sequence)
+            committed.ended.append(Ended(sequence, EndReason.LENGTH))
+    sequences = [sequence for sequence, _ in taken]
     return Committed(
-        frontends=np.append(committed.frontends, np.array(frontends, dtype=np.int32)),
-        sequence_ids=np.append(committed.sequence_ids, np.array(sequence_ids, dtype=np.int64)),
-        token_ids=np.append(committed.token_ids, np.array(tokens, dtype=np.int32)),
+        frontends=np.append(committed.frontends, np.array([each.frontend for each in sequences], dtype=np.int32)),
+        sequence_ids=np.append(committed.sequence_ids, np.array([each.sequence_id for each in sequences])),
+        token_ids=np.append(committed.token_ids, token_ids[[row for _, row in taken]]),
         ended=committed.ended,
         beginners=committed.beginners,
     )
-
-
-def _end(state: PlannerState, sequence: Sequence, token: int, stops: bool, committed: Committed) -> None:
-    end(state, sequence)
-    committed.ended.append(Ended(sequence, EndReason.STOP, token) if stops else Ended(sequence, EndReason.LENGTH))
-
-
-def _owner(state: PlannerState, slot: int) -> Sequence:
-    owner = state.table.owners[slot]
-    assert owner is not None
-    return owner

@@ -88,7 +88,7 @@ def _limits(config: PlannerConfig, info: plan_pb2.GroupInfo) -> Limits:
             config.max_num_batched_tokens or info.max_num_batched_tokens, info.max_num_batched_tokens
         ),
         vocab_size=info.vocab_size,
-        eos_token_ids=tuple(info.eos_token_ids),
+        eos_token_ids=frozenset(each for each in info.eos_token_ids if each < info.vocab_size),
         depth=config.depth,
         max_waiting=config.max_waiting,
         caches_prefixes=config.prefix_cache == "on",

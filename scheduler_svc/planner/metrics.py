@@ -25,7 +25,7 @@ def register_metrics(state: PlannerState, counts: Counts, frontends: Sized, ledg
     """Makes all metrics known to Prometheus; the histograms must be folded now and then."""
     Readings(
         gauges={
-            "albireo_running_sequences": ("Sequences that own a slot", lambda: state.num_running),
+            "albireo_running_sequences": ("Sequences that own a slot", lambda: state.table.num_running),
             "albireo_waiting_sequences": ("Sequences in the queue", lambda: state.queue.num_waiting),
             "albireo_active_tenants": ("Tenants with sequences", lambda: state.tenants.num_active),
             "albireo_kv_blocks_used": ("KV blocks held by sequences", lambda: state.pool.num_held),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array
+from albireo.arrays import BoolArray, Int64Array
 from albireo.plan import NewSequence, Rows, StepPlan
 from scheduler_svc.planner.admission import Prompts, choose_prompts, make_way
 from scheduler_svc.planner.prefix import publish_chunk
@@ -32,40 +32,76 @@ def plan_step(state: PlannerState) -> Planned | None:
     if len(state.in_flight) >= state.limits.depth:
         return None
     make_way(state)
-    decodes, growing = _runnable(state)
-    while len(growing) > state.pool.num_free and len(growing) > _num_coming_blocks(state):
-        preempt(state, _victim(state, decodes))
-        decodes, growing = _runnable(state)
-    is_short = len(growing) > state.pool.num_free
-    if is_short:
-        sitting_out = _in_order(state, growing)[state.pool.num_free :]
-        decodes[sitting_out], growing = False, growing[~np.isin(growing, sitting_out)]
-    decode_slots = decodes.nonzero()[0].astype(np.int32)
-    append_blocks = _grow(state, growing)
-    prompts = choose_prompts(state, _prefill_budget(state, len(decode_slots)), may_start=not is_short)
+    _preempt_for_growth(state)
+    table, pool = state.table, state.pool
+    growing = table.full
+    sitting_out: list[int] = []
+    if len(growing) > pool.num_free:
+        growing = sorted(growing, key=lambda slot: table.owner(slot).place)
+        growing, sitting_out = growing[: pool.num_free], growing[pool.num_free :]
+    blocks = pool.allocate(len(growing))
+    table.append_blocks(growing, blocks)
+    decodes, decode_slots = _decodes(state, sitting_out)
+    prompts = choose_prompts(state, _prefill_budget(state, len(decode_slots)), may_start=not sitting_out)
     if not len(decode_slots) and not prompts.slots:
         return None
     step_id = state.next_step_id
     state.next_step_id += 1
     new_sequences = tuple(_new_sequence(state, sequence) for sequence in prompts.started)
-    _advance_decodes(state, decodes, decode_slots, step_id)
-    beginners = tuple(_advance_prompts(state, prompts, step_id))
-    rows = _rows(state, decode_slots, prompts, beginners)
-    sampling_slots = np.append(decode_slots, np.array([each.slot for each in beginners], dtype=np.int32))
-    state.in_flight.append(StepRecord(step_id, sampling_slots if beginners else decode_slots, beginners))
+    num_finishing = len(table.finishing)
+    table.advance_decodes(decodes)
+    state.tenants.charge_outputs(table.tenant, decode_slots)
+    beginners = tuple(_advance_prompts(state, prompts))
+    finishers = tuple(table.owner(slot) for slot in table.finishing[num_finishing:])
+    for sequence in finishers:
+        sequence.last_step = step_id
+    sampling_slots = np.append(decode_slots, [each.slot for each in beginners]) if beginners else decode_slots
+    state.in_flight.append(StepRecord(step_id, sampling_slots, beginners, finishers))
     freed, state.freed_slots = state.freed_slots, []
     plan = StepPlan(
         epoch=state.epoch,
         step_id=step_id,
-        rows=rows,
+        rows=_rows(state, decode_slots, prompts, beginners),
         finished_slots=np.array(freed, dtype=np.int32),
         new_sequences=new_sequences,
-        append_slots=growing,
-        append_blocks=append_blocks,
+        append_slots=np.array(growing, dtype=np.int32),
+        append_blocks=np.array(blocks, dtype=np.int32),
     )
     num_prefill_tokens = sum(prompts.counts)
     num_rows = len(decode_slots) + len(prompts.slots)
     return Planned(plan, num_rows, len(decode_slots) + num_prefill_tokens, num_prefill_tokens, prompts.started)
+
+
+def _preempt_for_growth(state: PlannerState) -> None:
+    """Takes slots until the blocks that decoding sequences need are free, or will be without taking more: behind
+    fences, or of sequences whose last token is in flight."""
+    table, pool = state.table, state.pool
+    while len(table.full) > pool.num_free:
+        if len(table.full) <= pool.num_free + pool.num_fenced + table.num_blocks_of(table.finishing):
+            return
+        preempt(state, _victim(state))
+
+
+def _victim(state: PlannerState) -> int:
+    """Whose slot is taken when blocks run out: of the lowest priority, of the tenant that holds the most blocks, the
+    newest. The first in order of priority and arrival never is the one, so there is always progress: one sequence
+    always fits."""
+    table = state.table
+    held = np.bincount(table.tenant + 1, weights=table.num_blocks)[1:].tolist()
+    candidates = [table.owner(slot) for slot in [*table.decoding_slots.tolist(), *table.prefilling]]
+    candidates.remove(min(candidates, key=lambda each: each.place))
+    victim = max(candidates, key=lambda each: (each.place.negative_priority, held[each.tenant], each.place))
+    return victim.slot
+
+
+def _decodes(state: PlannerState, sitting_out: list[int]) -> tuple[BoolArray, Int64Array]:
+    """Which slots decode in this step: as a mask [max_num_seqs], and as slots, ascending."""
+    table = state.table
+    if not sitting_out:
+        return table.is_decoding, table.decoding_slots
+    decodes = table.is_decoding.copy()
+    decodes[sitting_out] = False
+    return decodes, decodes.nonzero()[0]
 
 
 def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
@@ -74,79 +110,36 @@ def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
     return min(budget, state.max_prefill_tokens) if num_decodes else budget
 
 
-def _runnable(state: PlannerState) -> tuple[BoolArray, Int32Array]:
-    """Which slots decode in this step, [max_num_seqs], and those of them whose token begins a block."""
-    table = state.table
-    decodes = table.is_decoding & (table.num_tokens < table.max_total_tokens)
-    is_full = table.num_computed_tokens == table.num_blocks * state.limits.block_size
-    return decodes, (decodes & is_full).nonzero()[0].astype(np.int32)
-
-
-def _num_coming_blocks(state: PlannerState) -> int:
-    """Blocks that are free, or will be without preempting anyone: behind fences, or of sequences whose last token is in
-    flight. The first in order is never a victim of more: one sequence always fits."""
-    table = state.table
-    is_ending = table.active & (table.num_tokens >= table.max_total_tokens)
-    return state.pool.num_free + state.pool.num_fenced + int(table.num_blocks[is_ending].sum())
-
-
-def _grow(state: PlannerState, slots: Int32Array) -> Int32Array:
-    """Gives each of ``slots`` one more block; returns the blocks."""
-    if not len(slots):
-        return slots
-    table = state.table
-    blocks = np.array(state.pool.allocate(len(slots)), dtype=np.int32)
-    table.block_tables[slots, table.num_blocks[slots]] = blocks
-    table.num_blocks[slots] += 1
-    return blocks
-
-
-def _advance_decodes(state: PlannerState, decodes: BoolArray, slots: Int32Array, step_id: int) -> None:
-    """Each computes one token and is promised one more."""
-    table = state.table
-    table.num_computed_tokens += decodes
-    table.num_tokens += decodes
-    table.last_step[decodes] = step_id
-    state.tenants.charge_outputs(table.tenant, slots)
-
-
-def _advance_prompts(state: PlannerState, prompts: Prompts, step_id: int) -> list[Sequence]:
-    """Chunks of prompts are computed, and their full blocks can be found from the next plan on. Returns the sequences
+def _advance_prompts(state: PlannerState, prompts: Prompts) -> list[Sequence]:
+    """Chunks of prompts are planned, and their full blocks can be found from the next plan on. Returns the sequences
     whose prompts end here, and which are promised a token."""
     table, block_size = state.table, state.limits.block_size
     beginners = []
     for slot, count in zip(prompts.slots, prompts.counts, strict=True):
-        sequence, start = table.owners[slot], int(table.num_computed_tokens[slot])
-        assert sequence is not None
-        stop = start + count
-        table.num_computed_tokens[slot] = stop
-        table.last_step[slot] = step_id
+        sequence, start = table.owner(slot), int(table.num_computed_tokens[slot])
         if state.limits.caches_prefixes:
-            blocks = table.block_tables[slot, start // block_size : stop // block_size].tolist()
-            publish_chunk(state.pool, state.coming, sequence, blocks, start // block_size)
-        if stop == table.num_tokens[slot]:
-            table.num_tokens[slot] += 1
-            table.is_decoding[slot] = True
-            table.prefilling.remove(slot)
+            first, last = start // block_size, (start + count) // block_size
+            publish_chunk(state.pool, state.coming, sequence, table.block_tables[slot, first:last].tolist(), first)
+        if table.advance_prompt(slot, count):
             beginners.append(sequence)
     return beginners
 
 
 def _rows(
-    state: PlannerState, decode_slots: Int32Array, prompts: Prompts, beginners: tuple[Sequence, ...]
+    state: PlannerState, decode_slots: Int64Array, prompts: Prompts, beginners: tuple[Sequence, ...]
 ) -> Rows | None:
     """The rows of this plan; None when the last plan's rows decode again."""
     num_decodes = len(decode_slots)
-    slots = np.append(decode_slots, np.array(prompts.slots, dtype=np.int32)) if prompts.slots else decode_slots
-    last_rows, state.last_rows = state.last_rows, slots.tobytes()
-    if not prompts.slots and last_rows == state.last_rows:
+    slots = np.append(decode_slots, prompts.slots) if prompts.slots else decode_slots
+    last_rows, state.last_rows = state.last_rows, slots
+    if not prompts.slots and last_rows is not None and (slots is last_rows or np.array_equal(slots, last_rows)):
         return None
     counts = np.ones(len(slots), dtype=np.int32)
-    counts[num_decodes:] = prompts.counts
     samples = np.ones(len(slots), dtype=np.bool_)
-    ends_here = {sequence.slot for sequence in beginners}
-    samples[num_decodes:] = [slot in ends_here for slot in prompts.slots]
-    return Rows(slots, counts, samples)
+    if prompts.slots:
+        counts[num_decodes:] = prompts.counts
+        samples[num_decodes:] = [state.table.owner(slot) in beginners for slot in prompts.slots]
+    return Rows(slots.astype(np.int32), counts, samples)
 
 
 def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
@@ -155,24 +148,6 @@ def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_computed_tokens=int(state.table.num_computed_tokens[sequence.slot]),
-        block_table=state.table.blocks_of(sequence.slot),
+        block_table=np.array(state.table.blocks_of(sequence.slot), dtype=np.int32),
         sampling=sequence.sampling,
     )
-
-
-def _victim(state: PlannerState, decodes: BoolArray) -> int:
-    """Whose slot is taken when blocks run out: of the lowest priority, of the tenant that holds the most blocks, the
-    newest. The first in order of priority and arrival never is the one, so there is always progress."""
-    table = state.table
-    slots = [*decodes.nonzero()[0].tolist(), *table.prefilling]
-    held: list[float] = np.bincount(table.tenant[slots], weights=table.num_blocks[slots]).tolist()
-    owners = [owner for slot in slots if (owner := table.owners[slot]) is not None]
-    owners.remove(min(owners, key=lambda each: each.place))
-    victim: Sequence = max(owners, key=lambda each: (each.place.negative_priority, held[each.tenant], each.place))
-    return victim.slot
-
-
-def _in_order(state: PlannerState, slots: Int32Array) -> Int32Array:
-    """``slots`` by the place of their sequences, first served first."""
-    owners = state.table.owners
-    return np.array(sorted(slots, key=lambda slot: owners[slot].place), dtype=np.int32)  # type: ignore[union-attr]

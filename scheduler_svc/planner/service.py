@@ -219,7 +219,7 @@ class Planner:
         if self._stream is None:
             return
         self._stream = None
-        log.warning("the group is lost", reason=reason, epoch=self._state.epoch, running=self._state.num_running)
+        log.warning("the group is lost", reason=reason, epoch=self._state.epoch, running=self._state.table.num_running)
         self._progress.forget_steps(time.monotonic())
         self.timeline.forget_steps()
         for sequence in lose_group(self._state):
@@ -290,7 +290,7 @@ class Planner:
             self._histograms.fold()
             self.frontends.post_load(
                 frontend_pb2.Load(
-                    num_running=self._state.num_running,
+                    num_running=self._state.table.num_running,
                     num_waiting=self._state.queue.num_waiting,
                     num_used_blocks=self._state.pool.num_held,
                     is_serving=is_serving,

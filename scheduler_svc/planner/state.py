@@ -6,14 +6,13 @@ Everything here, in `policy` and in `commit` is a pure function of this state: n
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from albireo.arrays import BoolArray, Int32Array
+from albireo.arrays import Int64Array
 from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.prefix import ComingBlocks, forget_coming, publish_history
 from scheduler_svc.planner.queue import WaitingQueue
-from scheduler_svc.planner.sequence import Sequence, SlotTable, Status
+from scheduler_svc.planner.sequence import Sequence, Status
+from scheduler_svc.planner.slots import SlotTable
 from scheduler_svc.planner.tenants import Tenants
 
 _MAX_LOSSES = 5
@@ -29,7 +28,7 @@ class Limits:
     max_model_len: int
     max_num_batched_tokens: int
     vocab_size: int
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: frozenset[int]
     depth: int  # plans in flight at most
     max_waiting: int = 4096  # sequences in the queue; more are refused
     caches_prefixes: bool = True  # blocks are shared by sequences of a tenant that begin alike
@@ -56,12 +55,14 @@ class StepRecord:
     Attributes:
         slots: of the rows that sample.
         beginners: sequences whose prompts end in this step.
+        finishers: sequences whose last token this step samples.
         left: who owned a slot when this step was planned and has left it since; the row is theirs.
     """
 
     step_id: int
-    slots: Int32Array
+    slots: Int64Array
     beginners: tuple[Sequence, ...]
+    finishers: tuple[Sequence, ...]
     left: dict[int, Sequence] = field(default_factory=dict)
 
 
@@ -77,14 +78,13 @@ class PlannerState:
         draining: preempted sequences that steps in flight still sample for.
         sequences: all that have not ended, by (frontend, sequence_id).
         freed_slots: given up since the last plan; the next one tells the group.
-        last_rows: slots of the last plan's rows, as bytes; decoding them again needs no rows on the wire.
+        last_rows: slots of the last plan's rows; decoding them again needs no rows on the wire.
     """
 
     limits: Limits
     epoch: int
     pool: BlockPool
     table: SlotTable
-    is_eos: BoolArray  # [vocab_size]
     tenants: Tenants
     queue: WaitingQueue
     coming: ComingBlocks = field(default_factory=dict)
@@ -94,21 +94,15 @@ class PlannerState:
     sequences: dict[tuple[int, int], Sequence] = field(default_factory=dict)
     in_flight: deque[StepRecord] = field(default_factory=deque)
     freed_slots: list[int] = field(default_factory=list)
-    last_rows: bytes = b""
+    last_rows: Int64Array | None = None
     next_step_id: int = 0
     num_preemptions: int = 0
 
     @classmethod
     def make(cls, limits: Limits, epoch: int) -> "PlannerState":
-        is_eos = np.zeros(limits.vocab_size, dtype=np.bool_)
-        is_eos[[token for token in limits.eos_token_ids if token < limits.vocab_size]] = True
-        table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         tenants = Tenants()
-        return cls(limits, epoch, BlockPool(limits.num_blocks), table, is_eos, tenants, WaitingQueue(tenants))
-
-    @property
-    def num_running(self) -> int:
-        return len(self.table.owners) - len(self.table.free_slots)
+        table = _make_table(limits)
+        return cls(limits, epoch, BlockPool(limits.num_blocks), table, tenants, WaitingQueue(tenants))
 
     @property
     def is_idle(self) -> bool:
@@ -145,7 +139,7 @@ def preempt(state: PlannerState, slot: int) -> Sequence:
     sequence = _leave_slot(state, slot)
     sequence.num_preemptions += 1
     state.num_preemptions += 1
-    if is_in_flight(state, sequence.last_step):
+    if state.in_flight:
         sequence.status = Status.DRAINING
         state.draining.append(sequence)
     else:
@@ -169,7 +163,7 @@ def lose_group(state: PlannerState) -> list[Sequence]:
     Returns those that are not tried again, and have ended: running when the group was lost for the fifth time without
     a token in between, they are likely the reason.
     """
-    running = [owner for owner in state.table.owners if owner is not None]
+    running = state.table.running
     draining = [each for each in state.draining if each.status is Status.DRAINING]
     for sequence in running:
         state.table.give_up(sequence.slot)
@@ -190,7 +184,7 @@ def lose_group(state: PlannerState) -> list[Sequence]:
 
 def regain_group(state: PlannerState, limits: Limits, epoch: int) -> None:
     """The group is back, empty, and maybe with other limits; plans begin again in a new epoch."""
-    assert not state.num_running
+    assert not state.table.num_running
     state.limits, state.epoch = limits, epoch
     _forget_group(state)
 
@@ -198,21 +192,23 @@ def regain_group(state: PlannerState, limits: Limits, epoch: int) -> None:
 def _forget_group(state: PlannerState) -> None:
     limits = state.limits
     state.pool = BlockPool(limits.num_blocks)
-    state.table = SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+    state.table = _make_table(limits)
     state.coming.clear()
     state.in_flight.clear()
     state.freed_slots.clear()
-    state.last_rows = b""
+    state.last_rows = None
 
 
-def is_in_flight(state: PlannerState, step_id: int) -> bool:
-    return bool(state.in_flight) and step_id >= state.in_flight[0].step_id
+def _make_table(limits: Limits) -> SlotTable:
+    return SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.vocab_size)
 
 
 def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> Sequence:
-    blocks = state.table.blocks_of(slot).tolist()
+    sequence, blocks = state.table.owner(slot), state.table.blocks_of(slot)
+    if slot not in state.table.finishing:
+        sequence.last_step = state.next_step_id - 1  # at the latest
     num_computed = int(state.table.num_computed_tokens[slot])
-    sequence = state.table.give_up(slot)
+    state.table.give_up(slot)
     if state.limits.caches_prefixes:
         forget_coming(state.coming, sequence)
         num_final = len(sequence.token_ids) if num_kept is None else sequence.num_prompt_tokens + num_kept
@@ -220,5 +216,6 @@ def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> 
     state.pool.give_back(blocks, sequence.last_step)
     state.freed_slots.append(slot)
     for record in state.in_flight:
-        record.left.setdefault(slot, sequence)
+        if record.step_id <= sequence.last_step:
+            record.left.setdefault(slot, sequence)
     return sequence

@@ -8,7 +8,7 @@ Source: virtual token counter, "Fairness in Serving Large Language Models" (Shen
 
 import numpy as np
 
-from albireo.arrays import Int32Array
+from albireo.arrays import Int32Array, Int64Array
 
 _OUTPUT_WEIGHT = 2.0
 _MAX_IDLE = 1024  # tenants without work whose counters are kept
@@ -53,7 +53,7 @@ class Tenants:
         """Prompt tokens are computed for this tenant."""
         self._served[index] += num_tokens
 
-    def charge_outputs(self, tenant_of_slot: Int32Array, slots: Int32Array) -> None:
+    def charge_outputs(self, tenant_of_slot: Int32Array, slots: Int64Array) -> None:
         """One output token for each of ``slots``. With one tenant at work there is nothing to compare."""
         if self.num_active > 1:
             self._served += _OUTPUT_WEIGHT * np.bincount(tenant_of_slot[slots], minlength=len(self._served))

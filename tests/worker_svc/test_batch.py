@@ -1,5 +1,7 @@
 """Batch state: what a rank computes in a step follows from the plans alone."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -69,6 +71,44 @@ def test_block_appends_extend_the_table():
     batch = state.apply(StepPlan(1, 4, None, append_slots=ints(0), append_blocks=ints(9)))
     assert batch.slot_mapping.tolist() == [9 * BLOCK_SIZE]
     assert batch.block_tables.tolist() == [[2, 9]]
+
+
+@given(st.data())
+@settings(max_examples=50)
+def test_rows_that_repeat_are_those_that_are_told_again(data: st.DataObject):
+    """A plan without rows, block appends or none, means the same as one that names the rows."""
+    states = [BatchState(4, 120, BLOCK_SIZE, 200, 200, 200) for _ in range(2)]
+    slots = np.array(data.draw(st.permutations([0, 1, 3])), dtype=np.int32)
+    lens = data.draw(st.lists(st.integers(1, 9), min_size=4, max_size=4))
+    new = tuple(
+        new_sequence(slot, length, list(range(slot * 40, slot * 40 + -(-length // BLOCK_SIZE))), min_tokens=length % 3)
+        for slot, length in enumerate(lens)
+    )
+    rows = Rows(slots, ints(*(lens[slot] for slot in slots)), np.ones(3, dtype=np.bool_))
+    for state in states:
+        state.apply(StepPlan(1, 0, rows, new_sequences=new))
+    for step in range(1, data.draw(st.integers(1, 100))):
+        full = states[0].num_computed_tokens == states[0].num_blocks * BLOCK_SIZE
+        full[2] = data.draw(st.integers(0, 20)) == 0 and states[0].num_blocks[2] < 30  # has no row
+        appends = np.flatnonzero(full).astype(np.int32)
+        blocks = (appends * 40 + states[0].num_blocks[appends]).astype(np.int32)
+        batches = [
+            state.apply(StepPlan(1, step, told, append_slots=appends, append_blocks=blocks))
+            for state, told in zip(states, (None, decode_rows(slots)), strict=True)
+        ]
+        assert_same(*batches)
+
+
+@pytest.mark.parametrize(("max_model_len", "num_blocks"), [(9, 3), (16, 2)])
+def test_a_row_that_repeats_stops_at_the_end_of_its_blocks_and_of_the_model(max_model_len: int, num_blocks: int):
+    state = BatchState(3, max_model_len, BLOCK_SIZE, 10, 200, 24)
+    new = new_sequence(0, 5, list(range(num_blocks)))
+    state.apply(StepPlan(1, 0, Rows(ints(0), ints(5), np.array([True])), new_sequences=(new,)))
+    room = min(max_model_len, num_blocks * BLOCK_SIZE) - 5
+    for step in range(1, room + 1):
+        state.apply(StepPlan(1, step, None))
+    with pytest.raises(GroupError, match="past its sequence's blocks"):
+        state.apply(StepPlan(1, room + 1, None))
 
 
 def test_mixed_rows_lie_one_after_the_other():
@@ -166,8 +206,14 @@ def test_what_is_out_of_range_is_an_error_and_a_new_epoch_heals_it(plan: StepPla
 
 
 def assert_same(first: InputBatch, second: InputBatch) -> None:
-    for name in ("slots", "context_lens", "block_tables", "token_ids", "positions", "slot_mapping", "output_positions"):
-        assert getattr(first, name).tolist() == getattr(second, name).tolist()
+    for name in [field.name for field in dataclasses.fields(first) if field.name not in ("block_tables", "sampling")]:
+        assert getattr(first, name).tolist() == getattr(second, name).tolist(), name
+    for row, context_len in enumerate(first.context_lens):
+        num_blocks = -(-context_len // BLOCK_SIZE)
+        assert first.block_tables[row, :num_blocks].tolist() == second.block_tables[row, :num_blocks].tolist()
+    for name in ("temperature", "top_p", "top_k", "seed"):
+        assert getattr(first.sampling, name).tolist() == getattr(second.sampling, name).tolist()
+    assert [row for row, _ in first.sampling.suppressed] == [row for row, _ in second.sampling.suppressed]
 
 
 small = st.integers(-2, 18)

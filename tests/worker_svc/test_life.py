@@ -15,6 +15,8 @@ from worker_svc.stub.collective import StarCollective
 class RecordingEngine:
     """Of an engine what a membership calls."""
 
+    is_asynchronous = False
+
     def __init__(self) -> None:
         self.calls: list[str] = []
 

@@ -104,6 +104,26 @@ async def test_a_rank_that_wakes_up_comes_back(tmp_path: Path, stub_model: Path)
         assert ranks.pids == pids
 
 
+async def test_a_group_whose_device_is_but_a_clock(tmp_path: Path, stub_model: Path):
+    """Ranks that do not compute together miss each other all the same: dead or frozen, leader or not."""
+    with Ranks(tmp_path, stub_model, 2, engine="stub", stub_mode="clock", stub_step_ms=5) as ranks:
+
+        async def kill(rank: int) -> None:
+            ranks.restart(rank)
+
+        async def freeze(rank: int) -> None:
+            ranks.signal(rank, signal.SIGSTOP)
+            with contextlib.suppress(GroupUnavailable, TimeoutError):
+                await asyncio.wait_for(ranks.generate(3), 4)
+            ranks.restart(rank)
+
+        tokens = await ranks.generate(5)
+        for victim, lose in ((1, kill), (0, kill), (1, freeze), (0, freeze)):
+            await lose_one(ranks, victim, lose)
+            assert await ranks.generate(5) == tokens
+        assert "rank 1 has not launched step" in ranks.logs()
+
+
 async def test_a_leader_that_dies_again_and_again(tmp_path: Path, stub_model: Path):
     with Ranks(tmp_path, stub_model, 4, engine="stub") as ranks:
         await ranks.wait_until_ready(1)

@@ -8,26 +8,23 @@ import numpy as np
 from albireo.arrays import Int32Array, UInt64Array
 from albireo.errors import ConfigError
 from albireo.model_spec import load_model_spec
-from albireo.v1 import plan_pb2
 from worker_svc.batch import InputBatch
-from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput
+from worker_svc.engine import EngineConfig, EngineInfo, PendingStep, Progress, StepOutput, StepTimes
 from worker_svc.stub import truth
+from worker_svc.stub.clock import Clock, Launched
 from worker_svc.stub.collective import StarCollective
+from worker_svc.stub.roofline import StepModel, make_step_model
 
-
-@dataclass(frozen=True, slots=True)
-class _Done:
-    output: StepOutput
-
-    def resolve(self) -> StepOutput:
-        return self.output
+_NO_TOKENS = np.zeros(0, dtype=np.int32)
 
 
 class StubEngine:
-    """Writes the tokens it is given into its blocks, samples from the history it reads back through the block table.
+    """A truth machine, a clock, or both.
 
-    A block reused too early, a wrong slot or a lost token changes the output: tests compare with `truth.true_tokens`.
-    Steps last ``stub_step_ms`` at least (modelled), from max(previous end, launch).
+    As a *truth machine* it writes the tokens it is given into its blocks and samples from the history it reads back
+    through the block table: a block reused too early, a wrong slot or a lost token changes the output, which tests
+    compare with `truth.true_tokens`. As a *clock* its steps take modelled time, and it is asynchronous. In mode "clock"
+    it computes nothing else: its tokens tell nothing of the history.
     """
 
     def __init__(self, config: EngineConfig) -> None:
@@ -40,7 +37,13 @@ class StubEngine:
         self._last_tokens = np.zeros(config.max_num_seqs, dtype=np.int32)
         self._cache: UInt64Array = np.zeros((0, config.block_size, width), dtype=np.uint64)
         self._vocab_size = 0
-        self._last_end_s = 0.0
+        self._is_truthful = config.stub_mode == "truth"
+        step_model = make_step_model(config.stub_step_ms, config.stub_device, config.stub_model, config.tp_size)
+        self._step_model = step_model or StepModel()
+        self._clock: Clock | None = None
+        if step_model is not None or not self._is_truthful:
+            self._clock = Clock(config.run_dir, config.rank, config.tp_size, may_lag=not self._is_truthful)
+        self.is_asynchronous = self._clock is not None
 
     def load(self, report: Progress) -> EngineInfo:
         config = self._config
@@ -61,21 +64,41 @@ class StubEngine:
         )
 
     def join(self, meeting: int) -> None:
-        self._collective.join(meeting)
+        if self._is_truthful:
+            self._collective.join(meeting)
+        if self._clock is not None:
+            self._clock.join(meeting)
 
     def allocate(self, num_blocks: int) -> None:
-        if num_blocks != len(self._cache):
+        if self._is_truthful and num_blocks != len(self._cache):
             self._cache = np.zeros((num_blocks, self._config.block_size, len(self._heads)), dtype=np.uint64)
 
-    def launch(self, batch: InputBatch) -> _Done:
-        start = time.perf_counter_ns()
-        digests = self._collective.all_reduce(self.forward(batch))
-        forward_end = time.perf_counter_ns()
+    def launch(self, batch: InputBatch) -> PendingStep:
+        if self._clock is None:
+            return _TrueStep(self, batch)
+        return _TimedStep(self, self._clock, self._step_model, self._clock.launch(), batch)
+
+    def compute(self, batch: InputBatch) -> StepOutput:
+        """The truth, with the times that it took."""
+        start_ns = time.monotonic_ns()
+        part = self.forward(batch)
+        reduce_ns = time.monotonic_ns()
+        digests = self._collective.all_reduce(part)
+        forward_end_ns = time.monotonic_ns()
         tokens = self.sample(batch, digests)
-        sample_end = time.perf_counter_ns()
-        self._wait_for_device()
-        timings = plan_pb2.StepTimings(forward_ns=forward_end - start, sample_ns=sample_end - forward_end)
-        return _Done(StepOutput(tokens, timings))
+        end_ns = time.monotonic_ns()
+        times = StepTimes(
+            start_ns, end_ns, forward_end_ns - start_ns, end_ns - forward_end_ns, forward_end_ns - reduce_ns
+        )
+        return StepOutput(tokens, times)
+
+    def tokens(self, batch: InputBatch) -> Int32Array:
+        """[S] tokens of a step whose times are the clock's."""
+        if self._is_truthful:
+            return self.compute(batch).token_ids
+        if self._config.rank:  # nobody reads them
+            return _NO_TOKENS
+        return truth.noise_tokens(batch.sampling.seed, batch.output_positions, self._vocab_size)
 
     def forward(self, batch: InputBatch) -> UInt64Array:
         """Writes the step's tokens and reads the sampling rows' histories; [S], this rank's part of their digests."""
@@ -106,17 +129,47 @@ class StubEngine:
 
     def abort(self) -> None:
         self._collective.abort()
+        if self._clock is not None:
+            self._clock.abort()
 
     def leave(self) -> None:
         self._collective.leave()
+        if self._clock is not None:
+            self._clock.leave()
 
     def close(self) -> None:
         self.leave()
 
-    def _wait_for_device(self) -> None:
-        """The modelled part of the step: nothing for the truth machine, ``stub_step_ms`` for load tests."""
-        if not self._config.stub_step_ms:
-            return
-        end = max(self._last_end_s, time.monotonic()) + self._config.stub_step_ms / 1e3
-        time.sleep(max(0.0, end - time.monotonic()))
-        self._last_end_s = end
+
+@dataclass(frozen=True, slots=True)
+class _TrueStep:
+    """A step that takes the time that it takes."""
+
+    engine: StubEngine
+    batch: InputBatch
+
+    def resolve(self) -> StepOutput:
+        return self.engine.compute(self.batch)
+
+
+@dataclass(frozen=True, slots=True)
+class _TimedStep:
+    """A step that the modelled device has been given."""
+
+    engine: StubEngine
+    clock: Clock
+    model: StepModel
+    launched: Launched
+    batch: InputBatch
+
+    def resolve(self) -> StepOutput:
+        tokens = self.engine.tokens(self.batch)
+        seconds = self.model.seconds(self.batch)
+        forward_ns, sample_ns = _nanoseconds(seconds.forward_s), _nanoseconds(seconds.sample_s)
+        span = self.clock.finish(self.launched, forward_ns + sample_ns)
+        times = StepTimes(span.start_ns, span.end_ns, forward_ns, sample_ns, _nanoseconds(seconds.collective_s))
+        return StepOutput(tokens, times)
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)

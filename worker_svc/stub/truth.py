@@ -59,6 +59,12 @@ def choose_tokens(
     return tokens
 
 
+def noise_tokens(seeds: UInt64Array, output_positions: Int64Array, vocab_size: int) -> Int32Array:
+    """[S] tokens that depend on seed and output position alone: cheap, and the same in every run."""
+    words = (seeds * _GOLDEN ^ output_positions.view(np.uint64)) * _GOLDEN >> np.uint64(32)
+    return (words % np.uint64(vocab_size)).astype(np.int32)
+
+
 def true_tokens(
     prompt: Int32Array, sampling: plan_pb2.Sampling, stop_token_ids: frozenset[int], max_tokens: int, vocab_size: int
 ) -> Int32Array:

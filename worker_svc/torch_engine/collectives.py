@@ -3,7 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,8 @@ class Collectives(Protocol):
 
     rank: int
     size: int
+    elapsed_ns: int
+    """Spent in them so far, waiting for peers included; on GPUs, where they only queue work, not counted."""
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums ``tensor`` over the ranks, in place."""
@@ -50,6 +53,7 @@ class SingleRank:
 
     rank = 0
     size = 1
+    elapsed_ns = 0
 
     def all_reduce(self, tensor: Tensor) -> None:
         pass
@@ -68,6 +72,7 @@ class TorchCollectives:
         """Raises GroupError when the others, who hold the same store, do not do the same in time."""
         self.rank = rank
         self.size = size
+        self.elapsed_ns = 0
         self._device = device
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         try:
@@ -86,19 +91,15 @@ class TorchCollectives:
     def all_reduce(self, tensor: Tensor) -> None:
         if not tensor.numel():
             return
-        try:
+        with self._collective("all-reduce"):
             dist.all_reduce(tensor)
-        except RuntimeError as error:
-            raise GroupError(f"rank {self.rank}: all-reduce failed: {error}") from error
 
     def all_gather(self, shard: Tensor, widths: Sequence[int]) -> Tensor:
         # Shards travel padded to the widest: neither back end gathers unequal ones in one operation.
         padded = F.pad(shard, (0, max(widths) - widths[self.rank])).contiguous()
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        try:
+        with self._collective("all-gather"):
             dist.all_gather(gathered, padded)
-        except RuntimeError as error:
-            raise GroupError(f"rank {self.rank}: all-gather failed: {error}") from error
         return torch.cat([part[..., :width] for part, width in zip(gathered, widths, strict=True)], dim=-1)
 
     def barrier(self) -> None:
@@ -106,6 +107,16 @@ class TorchCollectives:
         self.all_reduce(torch.zeros(1, device=self._device))
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    @contextmanager
+    def _collective(self, name: str) -> Iterator[None]:
+        start_ns = time.perf_counter_ns()
+        try:
+            yield
+        except RuntimeError as error:
+            raise GroupError(f"rank {self.rank}: {name} failed: {error}") from error
+        if self._device.type == "cpu":
+            self.elapsed_ns += time.perf_counter_ns() - start_ns
 
 
 class Rendezvous:

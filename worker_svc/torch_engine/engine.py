@@ -14,9 +14,8 @@ from torch import Tensor
 
 from albireo.errors import ConfigError
 from albireo.model_spec import ModelSpec, load_model_spec
-from albireo.v1 import plan_pb2
 from worker_svc.batch import InputBatch
-from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput
+from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput, StepTimes
 from worker_svc.torch_engine.collectives import Collectives, Rendezvous, SingleRank
 from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
 from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes, choose_num_blocks
@@ -31,6 +30,8 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 class TorchEngine:
     """One rank of a model in eager torch, on a CPU or a GPU."""
+
+    is_asynchronous = False  # launching op by op takes as long as a small step
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -89,9 +90,8 @@ class TorchEngine:
     def launch(self, batch: InputBatch) -> "TorchStep":
         decoder = self._loaded()
         assert self._group is not None, "launch before join"
-        started_ns = time.perf_counter_ns()
         inputs = prepare_inputs(batch, self._last_tokens, decoder.spec.sliding_window, self._device)
-        prepared_ns = time.perf_counter_ns()
+        collectives_ns = self._group.elapsed_ns
         before_forward = _mark(self._device)
         logits_shard = self._forward(inputs)
         after_forward = _mark(self._device)
@@ -100,7 +100,7 @@ class TorchEngine:
         after_sample = _mark(self._device)
         return TorchStep(
             tokens=_to_host(tokens.to(torch.int32)),
-            prepare_ns=prepared_ns - started_ns,
+            collective_ns=self._group.elapsed_ns - collectives_ns,
             marks=(before_forward, after_forward, after_sample),
             done=_mark(self._device),
         )
@@ -148,7 +148,7 @@ class TorchStep:
     """A launched step. ``marks`` are the times before forward, between it and sampling, and after sampling."""
 
     tokens: Tensor  # [S] int32 on the host; valid once ``done`` has passed
-    prepare_ns: int
+    collective_ns: int
     marks: tuple[_Mark, _Mark, _Mark]
     done: _Mark
 
@@ -156,18 +156,22 @@ class TorchStep:
         if isinstance(self.done, torch.cuda.Event):
             self.done.synchronize()
         before_forward, after_forward, after_sample = self.marks
-        timings = plan_pb2.StepTimings(
-            prepare_ns=self.prepare_ns,
+        # A GPU's events have no time of day; the last of them has just passed.
+        end_at_ns = after_sample if isinstance(after_sample, int) else time.monotonic_ns()
+        times = StepTimes(
+            start_at_ns=end_at_ns - _elapsed_ns(before_forward, after_sample),
+            end_at_ns=end_at_ns,
             forward_ns=_elapsed_ns(before_forward, after_forward),
             sample_ns=_elapsed_ns(after_forward, after_sample),
+            collective_ns=self.collective_ns,
         )
-        return StepOutput(np.asarray(self.tokens.numpy(), dtype=np.int32), timings)
+        return StepOutput(np.asarray(self.tokens.numpy(), dtype=np.int32), times)
 
 
 def _mark(device: torch.device) -> _Mark:
     """Now, on the device's own time line."""
     if device.type != "cuda":
-        return time.perf_counter_ns()
+        return time.monotonic_ns()
     event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # of torch
     event.record()
     return event

@@ -14,7 +14,7 @@ from torch import Tensor
 from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from albireo_kernels.reference import gumbel_noise, noise_keys, to_device
 from albireo_kernels.reference.sampling import MIN_TEMPERATURE
-from worker_svc.batch import RowSampling
+from worker_svc.row_sampling import RowSampling
 from worker_svc.torch_engine.collectives import Collectives
 from worker_svc.torch_engine.sharding import ModelShard
 

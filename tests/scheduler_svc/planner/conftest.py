@@ -204,7 +204,7 @@ class World:
                 max_model_len=info.max_model_len,
                 max_num_batched_tokens=info.max_num_batched_tokens,
                 vocab_size=info.vocab_size,
-                eos_token_ids=tuple(info.eos_token_ids),
+                eos_token_ids=frozenset(info.eos_token_ids),
                 depth=2,
                 max_waiting=max_waiting,
             )

@@ -116,7 +116,7 @@ def test_a_flood_gets_what_the_others_leave() -> None:
         service.submit("only", 8, 20)
     for _ in range(10):
         service.step()
-    assert service.simulation.state.num_running == 16
+    assert service.simulation.state.table.num_running == 16
 
 
 def test_two_floods_are_served_alike() -> None:

@@ -129,7 +129,7 @@ async def test_what_was_accepted_once_is_not_refused_when_it_comes_again(world: 
     await world.start(max_waiting=1)
     world.leader.open.clear()
     inboxes = [world.submit([7, i], is_resumed=True) for i in range(9)]
-    await until(lambda: world.planner._state.num_running == 4)
+    await until(lambda: world.planner._state.table.num_running == 4)
     world.leader.open.set()
     await world.exact(*[([7, i], inbox) for i, inbox in enumerate(inboxes)])
 

@@ -244,7 +244,7 @@ def test_the_truth_machine_sees_a_wrong_block(monkeypatch):
     simulation.submit([1, 2, 3, 4, 5], 20, ignore_eos=True)
     for _ in range(4):
         simulation.plan(), simulation.run_device(), simulation.commit()
-    slot = int(simulation.state.table.active.nonzero()[0][0])
+    slot = simulation.state.table.running[0].slot
     simulation.engines[1]._cache[simulation.state.table.block_tables[slot, 0], 1, 0] ^= 1
     with pytest.raises(AssertionError, match="a wrong token"):
         simulation.finish()

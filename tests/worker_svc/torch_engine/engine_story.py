@@ -15,7 +15,7 @@ from albireo.arrays import pack_int32
 from albireo.plan import NewSequence, Rows, StepPlan
 from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState, InputBatch
-from worker_svc.engine import BLOCK_SIZE, EngineConfig, EngineInfo
+from worker_svc.engine import BLOCK_SIZE, EngineConfig, EngineInfo, StepTimes
 from worker_svc.torch_engine.engine import TorchEngine
 
 MAX_NUM_SEQS = 6
@@ -96,9 +96,7 @@ class Story:
         self.sequences[slot] = Sequence(slot, prompt, blocks, sampling)
         return NewSequence(slot, np.array(prompt, np.int32), prompt_len, 0, np.array(blocks, np.int32), sampling)
 
-    def step(
-        self, rows: list[tuple[int, int, bool]] | None = None, new: tuple[NewSequence, ...] = ()
-    ) -> plan_pb2.StepTimings:
+    def step(self, rows: list[tuple[int, int, bool]] | None = None, new: tuple[NewSequence, ...] = ()) -> StepTimes:
         """Runs a step of rows (slot, tokens, whether it samples); None: the last step's rows decode."""
         planned = None
         if rows is not None:
@@ -115,7 +113,7 @@ class Story:
         for slot, token, logits in zip(batch.sample_slots, output.token_ids, self.engine.logits[-1], strict=True):
             self.sequences[int(slot)].output.append(int(token))
             self.sequences[int(slot)].logits.append(logits)
-        return output.timings
+        return output.times
 
     def _is_full(self, slot: int) -> bool:
         """Whether the next token of a decoding sequence needs one more block."""

@@ -69,10 +69,10 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_steps_without_sampling_rows_and_without_rows(checkpoint: Path, tmp_path: Path) -> None:
     story = Story(engine_config(checkpoint, tmp_path))
-    timings = story.step([(1, 20, False)], (story.new_sequence(1, 40),))
-    assert timings.prepare_ns > 0
-    assert timings.forward_ns > 0
-    assert timings.idle_ns == 0  # the caller's
+    times = story.step([(1, 20, False)], (story.new_sequence(1, 40),))
+    assert times.forward_ns > 0
+    assert times.end_at_ns - times.start_at_ns == times.forward_ns + times.sample_ns
+    assert times.collective_ns == 0  # of one rank
     story.step([])
     story.step([(1, 20, True)])
     assert len(story.sequences[1].output) == 1
