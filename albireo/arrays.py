@@ -11,16 +11,20 @@ Float64Array = npt.NDArray[np.float64]
 BoolArray = npt.NDArray[np.bool_]
 
 _INT32 = np.dtype("<i4")
+EMPTY_INT32: Int32Array = np.zeros(0, dtype=_INT32)
+EMPTY_INT32.flags.writeable = False
 _UINT64 = np.dtype("<u8")
 
 
 def pack_int32(values: npt.ArrayLike) -> bytes:
+    if values is EMPTY_INT32:
+        return b""
     return np.asarray(values, dtype=_INT32).tobytes()
 
 
 def unpack_int32(data: bytes) -> Int32Array:
     """A read-only view; ValueError when ``data`` is no whole number of elements."""
-    return np.frombuffer(data, dtype=_INT32)
+    return np.frombuffer(data, dtype=_INT32) if data else EMPTY_INT32
 
 
 def pack_uint64(values: npt.ArrayLike) -> bytes:

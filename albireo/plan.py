@@ -1,18 +1,18 @@
-"""The plan codec: `StepPlan` and `StepResult` as arrays, and their form on the wire (plan.proto)."""
+"""The plan codec: `StepPlan` and `StepResult` as arrays, and their form on the wire (plan.proto).
 
-from dataclasses import dataclass, field
+Made in every step, after a sleep, with cold caches: named tuples, and nothing done for what is not there.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array, pack_int32, unpack_int32
+from albireo.arrays import EMPTY_INT32, BoolArray, Int32Array, pack_int32, unpack_int32
 from albireo.errors import GroupError
 from albireo.v1 import plan_pb2
 
-_EMPTY = np.zeros(0, dtype=np.int32)
 
-
-@dataclass(frozen=True, slots=True)
-class NewSequence:
+class NewSequence(NamedTuple):
     """A sequence that takes a slot: for the first time, or again after a preemption.
 
     Attributes:
@@ -29,8 +29,7 @@ class NewSequence:
     sampling: plan_pb2.Sampling
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """What one step computes, a row per scheduled sequence; three arrays [num_rows].
 
     ``samples`` marks the rows after whose last position a token is sampled: decode rows and last chunks of prompts.
@@ -55,22 +54,20 @@ def decode_rows(slots: Int32Array) -> Rows:
     return Rows(slots, np.ones(len(slots), dtype=np.int32), np.ones(len(slots), dtype=np.bool_))
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """A diff against what the worker group holds, in the order in which it is applied: finished slots, new sequences,
     block appends, rows. ``rows`` is None when the last plan's rows decode again."""
 
     epoch: int
     step_id: int
     rows: Rows | None
-    finished_slots: Int32Array = field(default_factory=lambda: _EMPTY)
+    finished_slots: Int32Array = EMPTY_INT32
     new_sequences: tuple[NewSequence, ...] = ()
-    append_slots: Int32Array = field(default_factory=lambda: _EMPTY)
-    append_blocks: Int32Array = field(default_factory=lambda: _EMPTY)
+    append_slots: Int32Array = EMPTY_INT32
+    append_blocks: Int32Array = EMPTY_INT32
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
+class StepResult(NamedTuple):
     """Tokens of one step; ``token_ids`` [number of sampling rows], in row order."""
 
     epoch: int
@@ -80,18 +77,18 @@ class StepResult:
 
 
 def encode_plan(plan: StepPlan) -> bytes:
-    message = plan_pb2.StepPlan(
-        epoch=plan.epoch,
-        step_id=plan.step_id,
-        finished_slots=pack_int32(plan.finished_slots),
-        new_sequences=[_encode_new_sequence(new) for new in plan.new_sequences],
-        append_slots=pack_int32(plan.append_slots),
-        append_blocks=pack_int32(plan.append_blocks),
-    )
+    message = plan_pb2.StepPlan(epoch=plan.epoch, step_id=plan.step_id)
+    if len(plan.finished_slots):
+        message.finished_slots = pack_int32(plan.finished_slots)
+    if plan.new_sequences:
+        message.new_sequences.extend(map(_encode_new_sequence, plan.new_sequences))
+    if len(plan.append_slots):
+        message.append_slots = pack_int32(plan.append_slots)
+        message.append_blocks = pack_int32(plan.append_blocks)
     if plan.rows is not None:
         message.row_slots = pack_int32(plan.rows.slots)
         message.row_num_scheduled_tokens = pack_int32(plan.rows.num_scheduled_tokens)
-        message.row_samples = plan.rows.samples.astype(np.uint8).tobytes()
+        message.row_samples = plan.rows.samples.tobytes()
     return message.SerializeToString()
 
 
@@ -106,12 +103,13 @@ def decode_plan(data: bytes) -> StepPlan:
                 unpack_int32(message.row_num_scheduled_tokens),
                 np.frombuffer(message.row_samples, dtype=np.uint8).astype(np.bool_),
             )
+        new_sequences = message.new_sequences
         plan = StepPlan(
             epoch=message.epoch,
             step_id=message.step_id,
             rows=rows,
             finished_slots=unpack_int32(message.finished_slots),
-            new_sequences=tuple(_decode_new_sequence(new) for new in message.new_sequences),
+            new_sequences=tuple(map(_decode_new_sequence, new_sequences)) if new_sequences else (),
             append_slots=unpack_int32(message.append_slots),
             append_blocks=unpack_int32(message.append_blocks),
         )

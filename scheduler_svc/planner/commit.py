@@ -1,6 +1,6 @@
 """A step's result is in: tokens are known, sequences end, fences fall."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,8 +10,7 @@ from scheduler_svc.planner.sequence import EndReason, Sequence, Status
 from scheduler_svc.planner.state import PlannerState, StepRecord, end, requeue_drained
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(NamedTuple):
     """A sequence that ended in this step. ``matched_token_id``: the token that stopped it."""
 
     sequence: Sequence
@@ -19,8 +18,7 @@ class Ended:
     matched_token_id: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """What a step brought: parallel arrays [number of tokens that count], and the sequences that ended with it."""
 
     frontends: Int32Array

@@ -4,11 +4,11 @@ Plan n+1 is made while step n runs. It assumes that every running sequence emits
 so it reads only lengths, never tokens. A sequence known to reach its length limit is left out.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int64Array
+from albireo.arrays import EMPTY_INT32, BoolArray, Int32Array, Int64Array
 from albireo.plan import NewSequence, Rows, StepPlan
 from scheduler_svc.planner.admission import Prompts, choose_prompts, make_way
 from scheduler_svc.planner.prefix import publish_chunk
@@ -16,8 +16,7 @@ from scheduler_svc.planner.sequence import Sequence
 from scheduler_svc.planner.state import PlannerState, StepRecord, preempt
 
 
-@dataclass(frozen=True, slots=True)
-class Planned:
+class Planned(NamedTuple):
     """A plan, and what it computes."""
 
     plan: StepPlan
@@ -55,17 +54,17 @@ def plan_step(state: PlannerState) -> Planned | None:
     finishers = tuple(table.owner(slot) for slot in table.finishing[num_finishing:])
     for sequence in finishers:
         sequence.last_step = step_id
-    sampling_slots = np.append(decode_slots, [each.slot for each in beginners]) if beginners else decode_slots
+    sampling_slots = _with_slots(decode_slots, [each.slot for each in beginners])
     state.in_flight.append(StepRecord(step_id, sampling_slots, beginners, finishers))
     freed, state.freed_slots = state.freed_slots, []
     plan = StepPlan(
         epoch=state.epoch,
         step_id=step_id,
         rows=_rows(state, decode_slots, prompts, beginners),
-        finished_slots=np.array(freed, dtype=np.int32),
+        finished_slots=_int32(freed),
         new_sequences=new_sequences,
-        append_slots=np.array(growing, dtype=np.int32),
-        append_blocks=np.array(blocks, dtype=np.int32),
+        append_slots=_int32(growing),
+        append_blocks=_int32(blocks),
     )
     num_prefill_tokens = sum(prompts.counts)
     num_rows = len(decode_slots) + len(prompts.slots)
@@ -130,7 +129,7 @@ def _rows(
 ) -> Rows | None:
     """The rows of this plan; None when the last plan's rows decode again."""
     num_decodes = len(decode_slots)
-    slots = np.append(decode_slots, prompts.slots) if prompts.slots else decode_slots
+    slots = _with_slots(decode_slots, prompts.slots)
     last_rows, state.last_rows = state.last_rows, slots
     if not prompts.slots and last_rows is not None and (slots is last_rows or np.array_equal(slots, last_rows)):
         return None
@@ -142,12 +141,20 @@ def _rows(
     return Rows(slots.astype(np.int32), counts, samples)
 
 
+def _with_slots(slots: Int64Array, more: list[int]) -> Int64Array:
+    return np.concatenate((slots, np.array(more, dtype=np.int64))) if more else slots
+
+
+def _int32(values: list[int]) -> Int32Array:
+    return np.array(values, dtype=np.int32) if values else EMPTY_INT32
+
+
 def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
     return NewSequence(
         slot=sequence.slot,
         token_ids=sequence.token_ids,
         num_prompt_tokens=sequence.num_prompt_tokens,
         num_computed_tokens=int(state.table.num_computed_tokens[sequence.slot]),
-        block_table=np.array(state.table.blocks_of(sequence.slot), dtype=np.int32),
+        block_table=state.table.block_tables[sequence.slot, : state.table.num_blocks[sequence.slot]].copy(),
         sampling=sequence.sampling,
     )

@@ -48,7 +48,7 @@ class Limits:
             raise ConfigError(f"depth {self.depth}: at least 1")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     """A step in flight.
 
