@@ -279,9 +279,11 @@ class BatchState:
         )
 
     def _token_ids(self, token_slots: Int32Array, positions: Int64Array, from_last_token: BoolArray) -> Int32Array:
-        if from_last_token.all():
-            return np.zeros(len(positions), dtype=np.int32)
-        return self.known_tokens[token_slots, positions]
+        token_ids = np.zeros(len(positions), dtype=np.int32)
+        # Few but the prompts' own are known, and each look at another slot's tokens is a page that is not in the cache.
+        (known,) = np.nonzero(~from_last_token)
+        token_ids[known] = self.known_tokens[token_slots[known], positions[known]]
+        return token_ids
 
     def _begin_run(self, batch: InputBatch) -> _DecodeRun | None:
         if not len(batch.slots) or batch.sampling.suppressed or not batch.from_last_token.all():

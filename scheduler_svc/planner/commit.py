@@ -35,7 +35,7 @@ def commit_step(state: PlannerState, step_id: int, token_ids: Int32Array) -> Com
     has ended, whose token is dropped. Raises GroupError when the result does not belong to that step.
     """
     record = _take_record(state, step_id, token_ids)
-    beginners = [each for each in record.beginners if each.status is not Status.ENDED and not _has_output(state, each)]
+    beginners = [each for each in record.beginners if each.status is not Status.ENDED and not each.has_output]
     slots, tokens = record.slots, token_ids
     if record.left:
         is_left = np.zeros_like(state.table.is_decoding)
@@ -65,15 +65,14 @@ def _commit_running(
 ) -> Committed:
     """Tokens of sequences that still own their slots: array operations, and a loop over those that end."""
     table = state.table
-    num_known = table.num_known_tokens[slots]
-    table.token_ids[slots, num_known] = token_ids
-    table.num_known_tokens[slots] = num_known + 1
+    table.outputs.add(slots, token_ids)
     committed = Committed(table.frontend[slots], table.sequence_id[slots], token_ids, [], beginners)
     is_stop = table.is_stop[token_ids]
     if is_stop.any():
         for row in is_stop.nonzero()[0].tolist():
-            sequence, token = table.owner(slots[row]), int(token_ids[row])
-            if sequence.stops_at(token, int(num_known[row]) + 1):
+            slot, token = int(slots[row]), int(token_ids[row])
+            sequence = table.owner(slot)
+            if sequence.stops_at(token, len(sequence.token_ids) + table.outputs.num_tokens(slot)):
                 end(state, sequence)
                 committed.ended.append(Ended(sequence, EndReason.STOP, token))
     for sequence in record.finishers:
@@ -81,12 +80,6 @@ def _commit_running(
             end(state, sequence)
             committed.ended.append(Ended(sequence, EndReason.LENGTH))
     return committed
-
-
-def _has_output(state: PlannerState, sequence: Sequence) -> bool:
-    is_running = sequence.status is Status.RUNNING
-    num_known = state.table.num_known_tokens[sequence.slot] if is_running else len(sequence.token_ids)
-    return bool(num_known > sequence.num_prompt_tokens)
 
 
 def _commit_draining(state: PlannerState, record: StepRecord, token_ids: Int32Array, committed: Committed) -> Committed:

@@ -34,7 +34,7 @@ class Sequence:
 
     Attributes:
         frontend, sequence_id: whose it is, and what its owner calls it.
-        token_ids: prompt, then the output known when it last left its slot; while it runs the slot's row is newer.
+        token_ids: prompt, then the output known when it last left its slot; while it runs, more is in its slot.
         num_prompt_tokens: of ``token_ids``.
         max_total_tokens: where it ends at the latest, prompt included.
         stop_token_ids: ids that end it, the model's end-of-sequence ids included unless they are ignored.
@@ -71,6 +71,11 @@ class Sequence:
     submitted_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
+
+    @property
+    def has_output(self) -> bool:
+        """Whether it had sampled anything when it last left its slot."""
+        return len(self.token_ids) > self.num_prompt_tokens
 
     def stops_at(self, token: int, num_tokens: int) -> bool:
         """Whether ``token``, with which it has ``num_tokens`` tokens, ends it before its length does. The first

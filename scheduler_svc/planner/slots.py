@@ -8,6 +8,7 @@ import numpy as np
 
 from albireo.arrays import BoolArray, Int32Array, Int64Array
 from scheduler_svc.planner.sequence import Sequence, Status
+from scheduler_svc.planner.token_log import TokenLog
 
 _NOBODY = -1
 
@@ -23,10 +24,10 @@ class SlotTable:
         owners: the sequence of each slot.
         tenant: the owner's, -1 where there is none.
         num_computed_tokens: tokens whose KV is computed once all planned steps have run.
-        num_known_tokens: tokens that are no placeholders; ``token_ids`` holds so many.
         next_event: with so many computed tokens, a decoding sequence needs a block or has been promised its last token.
         is_decoding, prefilling, finishing: slots by phase.
         full: decoding slots that need a block for their next token.
+        outputs: what has been sampled for the owners.
         is_stop: [vocab_size], ids that end some running sequence.
     """
 
@@ -36,12 +37,11 @@ class SlotTable:
     frontend: Int32Array
     sequence_id: Int64Array
     num_computed_tokens: Int32Array
-    num_known_tokens: Int32Array
     next_event: Int32Array
     is_decoding: BoolArray
     num_blocks: Int32Array
     block_tables: Int32Array  # [max_num_seqs, max_blocks]
-    token_ids: Int32Array  # [max_num_seqs, max_model_len]
+    outputs: TokenLog
     is_stop: BoolArray
     free_slots: list[int]
     prefilling: list[int] = field(default_factory=list)
@@ -62,12 +62,11 @@ class SlotTable:
             frontend=ints(),
             sequence_id=np.zeros(max_num_seqs, dtype=np.int64),
             num_computed_tokens=ints(),
-            num_known_tokens=ints(),
             next_event=ints(),
             is_decoding=np.zeros(max_num_seqs, dtype=np.bool_),
             num_blocks=ints(),
             block_tables=np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int32),
-            token_ids=np.zeros((max_num_seqs, max_model_len), dtype=np.int32),
+            outputs=TokenLog(max_num_seqs, max_model_len),
             is_stop=np.zeros(vocab_size, dtype=np.bool_),
             free_slots=list(range(max_num_seqs - 1, -1, -1)),
         )
@@ -101,16 +100,13 @@ class SlotTable:
         """Gives ``sequence`` a slot; one is free. ``blocks`` are for all of its tokens; of the first
         ``num_computed_tokens`` they hold the KV already."""
         slot = self.free_slots.pop()
-        num_tokens = len(sequence.token_ids)
         self.owners[slot] = sequence
         self.tenant[slot] = sequence.tenant
         self.frontend[slot] = sequence.frontend
         self.sequence_id[slot] = sequence.sequence_id
-        self.num_known_tokens[slot] = num_tokens
         self.num_computed_tokens[slot] = num_computed_tokens
         self.num_blocks[slot] = len(blocks)
         self.block_tables[slot, : len(blocks)] = blocks
-        self.token_ids[slot, :num_tokens] = sequence.token_ids
         self.prefilling.append(slot)
         for token in sequence.stop_token_ids:
             self._num_stopping[token] += 1
@@ -121,7 +117,7 @@ class SlotTable:
     def give_up(self, slot: int) -> Sequence:
         """Frees a slot; its sequence keeps the tokens known so far. Returns the sequence."""
         sequence = self.owner(slot)
-        sequence.token_ids = self.token_ids[slot, : self.num_known_tokens[slot]].copy()
+        sequence.token_ids = np.concatenate((sequence.token_ids, self.outputs.pop(slot)))
         sequence.slot = -1
         self.owners[slot] = None
         self.tenant[slot] = _NOBODY
