@@ -113,7 +113,14 @@ class CasePool:
         self._cases: list[Case | None] = [None] * size
 
     def draw(self, rng: random.Random) -> Case:
-        index = rng.randrange(len(self._cases))
+        return self._get(rng.randrange(len(self._cases)))
+
+    def fill(self) -> None:
+        """Makes all cases now, where drawing them must take no time."""
+        for index in range(len(self._cases)):
+            self._get(index)
+
+    def _get(self, index: int) -> Case:
         case = self._cases[index]
         if case is None:
             case = self._cases[index] = self._make(random.Random(f"{self._seed}/{index}"))

@@ -18,6 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
 START_TIMEOUT_S = 120.0
+# gRPC's own first reconnect comes after a second.
+_PROBE_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 100),
+]
 
 
 def free_port() -> int:
@@ -43,7 +49,7 @@ def wait_until_serving(target: str, process: subprocess.Popen | None = None, log
     while time.monotonic() < deadline:
         if process is not None and process.poll() is not None:
             break
-        with grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with grpc.insecure_channel(target, options=_PROBE_OPTIONS) as channel:
             try:
                 request = health_pb2.HealthCheckRequest()
                 answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=2, wait_for_ready=True)

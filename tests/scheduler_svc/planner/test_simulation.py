@@ -213,6 +213,23 @@ def test_a_stop_costs_at_most_depth_minus_one_extra_steps():
     assert simulation.num_steps <= len(simulation.expected[key].tokens) + 2
 
 
+def test_a_long_prompt_does_not_hold_up_those_who_decode():
+    """While sequences decode, a step takes no more prompt tokens than their latency allows; else as many as fit."""
+    simulation = Simulation(num_blocks=60, max_model_len=60, max_num_batched_tokens=32)
+    simulation.state.max_prefill_tokens = 5
+    simulation.submit([1, 2, 3], 9, ignore_eos=True)
+    sizes = []
+    while not simulation.state.is_idle:
+        before = simulation.num_computed_tokens
+        if simulation.plan():
+            sizes.append(simulation.num_computed_tokens - before)
+            if len(sizes) == 2:
+                simulation.submit(list(range(3, 53)), 2, ignore_eos=True)
+        simulation.run_device(), simulation.commit()
+    assert sizes[:9] == [3, 1] + [6] * 7
+    assert sizes[9:11] == [15, 1], "nobody decodes: the rest of the prompt at once"
+
+
 def test_higher_priority_starts_first():
     simulation = Simulation(max_num_seqs=1)
     late = simulation.submit([1], 3, ignore_eos=True, priority=0)
