@@ -18,7 +18,7 @@ from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slots import WriteSlots
-from scheduler_svc.frontend.stream import Bounds, RequestStream
+from scheduler_svc.frontend.stream import RequestStream
 from scheduler_svc.frontend.validation import Limits, RequestFields, check_text, validate
 
 log = structlog.get_logger()
@@ -36,12 +36,12 @@ class Core:
         self.model = model
         self.link = link
         self.metrics = metrics
-        self.write_slots = WriteSlots()
+        self.write_slots = WriteSlots(timeout_s=config.write_timeout)
         self.started_at = time.monotonic()
         self.last_received_at = 0.0  # of requests; seconds since the epoch
         self.num_open = 0  # Generate calls
         self._max_streams = config.max_streams
-        self._bounds = Bounds(config.max_backlog_kib << 10, config.write_timeout)
+        self._backlog_bytes = config.max_backlog_kib << 10
         self._is_closing = False
         self._left: asyncio.Future[None] | None = None  # a request has, since the last look
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
@@ -86,7 +86,15 @@ class Core:
         request = validate(fields, prompt_ids, limits, self.model.defaults)
         eos = frozenset(group.eos_token_ids)
         return RequestStream(
-            request, eos, self.link, self.model.detokenizer, self.metrics, self._bounds, arrived_at, in_full
+            request,
+            eos,
+            self.link,
+            self.model.detokenizer,
+            self.metrics,
+            self.write_slots,
+            self._backlog_bytes,
+            arrived_at,
+            in_full,
         )
 
     async def handle(
@@ -122,7 +130,8 @@ class Core:
             if self._left is not None and not self._left.done():
                 self._left.set_result(None)
             self.metrics.count_request(outcome)
-            log.info("request", request_id=request_id[:_MAX_LOGGED_CHARS], outcome=outcome)
+            log_end = log.debug if outcome in ("finished", "cancelled") else log.info
+            log_end("request", request_id=request_id[:_MAX_LOGGED_CHARS], outcome=outcome)
 
     def close(self) -> None:
         self._tokenising.shutdown(wait=False, cancel_futures=True)

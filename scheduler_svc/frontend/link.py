@@ -280,7 +280,7 @@ class PlannerLink:
             if sequence is not None and not sequence.has_started:
                 sequence.has_started = True
                 self._tell(sequence_id, sequence.receiver, sequence.receiver.start, num_cached_tokens)
-        for sequence_id, token_ids in tokens:
+        for sequence_id, token_ids in tokens.items():
             sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
             if sequence is not None:
                 sequence.output.extend(token_ids)
@@ -290,7 +290,7 @@ class PlannerLink:
             if sequence is not None:
                 self._tell(ended.sequence_id, sequence.receiver, sequence.receiver.end, ended)
         if tokens:
-            num_tokens = sum(len(token_ids) for _, token_ids in tokens)
+            num_tokens = sum(map(len, tokens.values()))
             self.ledger.add(received_at_ns, time.monotonic_ns(), len(tokens), num_tokens)
         if message.HasField("load"):
             was_serving, self.load = self.load.is_serving, message.load

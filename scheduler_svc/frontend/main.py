@@ -1,6 +1,7 @@
 """The front end's process: ``python -m scheduler_svc frontend``."""
 
 import asyncio
+import gc
 import signal
 
 import structlog
@@ -46,6 +47,7 @@ async def _serve(config: FrontendConfig, watchdog: Watchdog) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     model = await asyncio.to_thread(load_served_model, config)
+    gc.freeze()  # a full collection of what stays anyway would hold up every stream for tens of milliseconds
     server = FrontendServer(config, model, on_serving=watchdog.ready)
     await server.start()
     running = asyncio.create_task(server.run())

@@ -3,9 +3,7 @@
 All functions are pure. Those that read raise ValueError for a message that cannot be read.
 """
 
-from collections.abc import Iterable, Iterator
-
-import numpy as np
+from collections.abc import Iterable
 
 from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
 from albireo.v1 import frontend_pb2
@@ -24,27 +22,27 @@ def started_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, int]]:
     return list(zip(sequence_ids, num_cached_tokens, strict=True))
 
 
-def tokens_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, list[int]]]:
+def tokens_in(message: frontend_pb2.PlannerMessage) -> dict[int, list[int]]:
     """New tokens by sequence."""
     if not (message.token_sequence_ids or message.token_ids):
-        return []
-    return list(group_tokens(unpack_uint64(message.token_sequence_ids), unpack_int32(message.token_ids)))
+        return {}
+    return group_tokens(unpack_uint64(message.token_sequence_ids), unpack_int32(message.token_ids))
 
 
-def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> Iterator[tuple[int, list[int]]]:
+def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> dict[int, list[int]]:
     """Splits two parallel arrays by sequence; each sequence's tokens stay in their order.
 
     Raises ValueError when the arrays are not parallel.
     """
     if len(sequence_ids) != len(token_ids):
         raise ValueError(f"{len(sequence_ids)} sequence ids and {len(token_ids)} tokens")
-    order = np.argsort(sequence_ids, kind="stable")
-    ids = sequence_ids[order]
-    starts = np.flatnonzero(np.concatenate(([True], ids[1:] != ids[:-1])))
-    tokens = token_ids[order].tolist()
-    bounds = [*starts.tolist(), len(tokens)]
-    for sequence_id, start, stop in zip(ids[starts].tolist(), bounds, bounds[1:], strict=False):
-        yield sequence_id, tokens[start:stop]
+    tokens: dict[int, list[int]] = {}
+    for sequence_id, token_id in zip(sequence_ids.tolist(), token_ids.tolist(), strict=True):
+        if sequence_id in tokens:
+            tokens[sequence_id].append(token_id)
+        else:
+            tokens[sequence_id] = [token_id]
+    return tokens
 
 
 def in_messages(submits: Iterable[frontend_pb2.Submit]) -> list[frontend_pb2.FrontendMessage]:

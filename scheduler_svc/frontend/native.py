@@ -21,11 +21,9 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
     ) -> None:
         async def generate(request_id: str) -> None:
             with await self._core.open(_fields(request, request_id, context)) as stream:
-                while not stream.is_done:
-                    await stream.wait()
-                    async with self._core.write_slots.slot():
-                        if delta := stream.take():
-                            await stream.write(context, _response(delta, stream))
+                while (delta := await stream.next_delta()) is not None:
+                    if delta:
+                        await stream.write(context, _response(delta, stream))
 
         await self._core.handle(context, request.request_id, generate)
 
@@ -79,16 +77,14 @@ def _sampling_fields(params: generation_pb2.SamplingParams) -> SamplingFields:
 
 
 def _response(delta: Delta, stream: RequestStream) -> generation_pb2.GenerateResponse:
-    prompt_ids = stream.request.token_ids
-    response = generation_pb2.GenerateResponse(
-        index=delta.index,
-        text=delta.text,
-        token_ids=delta.token_ids,
-        prompt_token_ids=prompt_ids.tolist() if delta.is_first else (),
-    )
+    response = generation_pb2.GenerateResponse(text=delta.text, token_ids=delta.token_ids)
+    if delta.index:
+        response.index = delta.index
+    if delta.is_first:
+        response.prompt_token_ids.extend(stream.request.token_ids.tolist())
     if delta.finish is not None:
         usage = generation_pb2.Usage(
-            prompt_tokens=len(prompt_ids),
+            prompt_tokens=len(stream.request.token_ids),
             completion_tokens=delta.finish.num_output_tokens,
             cached_tokens=delta.num_cached_tokens,
         )

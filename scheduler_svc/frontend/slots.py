@@ -1,57 +1,73 @@
-"""A bound on concurrent client writes."""
+"""A bound on concurrent client writes, and on how long one may take."""
 
 import asyncio
-from types import TracebackType
+from collections import OrderedDict
+from typing import Protocol
+
+
+class Writer(Protocol):
+    """Writes to one client."""
+
+    def may_write(self) -> None:
+        """It has a slot now."""
+
+    def too_slow(self, pending_s: float) -> None:
+        """Its client has left a write pending for so long. It is expected to leave."""
 
 
 class WriteSlots:
     """At most ``limit`` client writes at once, so that reading from the planner gets its turn.
 
     A write that a slow client holds up gives its slot back after ``stall_s``: slow clients do not starve the others.
+    After ``timeout_s`` its writer is told. Both are seen by one look at all writes every ``stall_s``.
     """
 
-    def __init__(self, limit: int = 64, stall_s: float = 0.1) -> None:
-        self._free = asyncio.Semaphore(limit)
+    def __init__(self, limit: int = 64, stall_s: float = 0.1, timeout_s: float = 30.0) -> None:
+        self._num_free = limit
         self._stall_s = stall_s
-        self._held: dict[int, float] = {}  # ticket -> since when
-        self._next_ticket = 0
+        self._timeout_s = timeout_s
+        self._waiting: OrderedDict[Writer, None] = OrderedDict()
+        self._writing: dict[Writer, float] = {}  # with a slot -> since when
+        self._stalled: dict[Writer, float] = {}  # the same without
         self._sweeper: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
 
-    def slot(self) -> "_Slot":
-        return _Slot(self)
+    def ask(self, writer: Writer) -> None:
+        """Queues for a slot; `Writer.may_write` is called when it is there, perhaps at once."""
+        if self._num_free:
+            self._num_free -= 1
+            self._give(writer)
+        else:
+            self._waiting[writer] = None
 
-    async def acquire(self) -> int:
-        await self._free.acquire()
-        loop = asyncio.get_running_loop()
-        self._next_ticket += 1
-        self._held[self._next_ticket] = loop.time()
+    def leave(self, writer: Writer) -> None:
+        """The writer gives back what it has, or no longer waits for it; nothing where it did not ask."""
+        if self._writing.pop(writer, None) is not None:
+            self._pass_on()
+        elif self._stalled.pop(writer, None) is None:
+            self._waiting.pop(writer, None)
+
+    def _give(self, writer: Writer) -> None:
+        self._writing[writer] = self._loop.time()
         if self._sweeper is None:
-            self._sweeper = loop.call_later(self._stall_s, self._sweep)
-        return self._next_ticket
+            self._sweeper = self._loop.call_later(self._stall_s, self._sweep)
+        writer.may_write()
 
-    def release(self, ticket: int) -> None:
-        if self._held.pop(ticket, None) is not None:
-            self._free.release()
+    def _pass_on(self) -> None:
+        if self._waiting:
+            self._give(self._waiting.popitem(last=False)[0])
+        else:
+            self._num_free += 1
 
     def _sweep(self) -> None:
-        loop = asyncio.get_running_loop()
-        latest = loop.time() - self._stall_s
-        for ticket in [ticket for ticket, since in self._held.items() if since <= latest]:
-            self.release(ticket)
-        self._sweeper = loop.call_later(self._stall_s, self._sweep) if self._held else None
-
-
-class _Slot:
-    __slots__ = ("_slots", "_ticket")
-
-    def __init__(self, slots: WriteSlots) -> None:
-        self._slots = slots
-        self._ticket = 0
-
-    async def __aenter__(self) -> None:
-        self._ticket = await self._slots.acquire()
-
-    async def __aexit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._slots.release(self._ticket)
+        now = self._loop.time()
+        stalled = [(writer, since) for writer, since in self._writing.items() if now - since >= self._stall_s]
+        for writer, since in stalled:
+            self._stalled[writer] = since
+            del self._writing[writer]
+            self._pass_on()
+        for writer in [writer for writer, since in self._stalled.items() if now - since >= self._timeout_s]:
+            del self._stalled[writer]
+            writer.too_slow(self._timeout_s)
+        is_needed = self._writing or self._stalled
+        self._sweeper = self._loop.call_later(self._stall_s, self._sweep) if is_needed else None

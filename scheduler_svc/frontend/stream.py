@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ from scheduler_svc.frontend.completion import Completion, Delta
 from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
+from scheduler_svc.frontend.slots import WriteSlots
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
 from scheduler_svc.frontend.validation import GenerationRequest
 
@@ -31,20 +31,15 @@ class RequestRefused(AlbireoError):
         self.retry_after_s = refusal.retry_after_s
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What one client may hold up. Past either bound its request fails and the others go on."""
-
-    backlog_bytes: int  # received from the planner and not taken; of an answer in full, that is all of it
-    write_timeout_s: float  # for a write to leave
-
-
 class RequestStream:
     """The sequences of one request. A context manager: entered, it submits them (raises DeadlineExceeded, and
     GroupUnavailable when there is no planner); on exit, what still runs is cancelled at the planner.
 
-    Use: until `is_done`, `wait`, then `take`, then `write`. With ``in_full``, nothing is ready before all completions
-    are over. ``arrived_at`` is the request's arrival by the monotonic clock.
+    Use, in one task: `next_delta` and `write`, until there is none. With ``in_full``, there is none before all
+    completions are over. ``arrived_at`` is the request's arrival by the monotonic clock. Past ``backlog_bytes``,
+    received from the planner and not taken (of an answer in full, that is all of it), the request fails.
+
+    The handler sleeps until it has both something to write and a slot for writing, and is woken once for both.
     """
 
     def __init__(
@@ -54,21 +49,25 @@ class RequestStream:
         link: PlannerLink,
         detokenizer: Detokenizer,
         metrics: Metrics,
-        bounds: Bounds,
+        slots: WriteSlots,
+        backlog_bytes: int,
         arrived_at: float,
         in_full: bool = False,
     ) -> None:
         self.request = request
         self._link = link
         self._metrics = metrics
-        self._bounds = bounds
+        self._slots = slots
+        self._backlog_bytes = backlog_bytes
         self._in_full = in_full
         self._arrived_at = arrived_at
         self._ready: deque[_Sequence] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._task = _current_task()
+        self._turn: asyncio.Future[None] | None = None  # set when the handler may write, or must not wait any more
+        self._has_asked = True  # for a slot
         self._error: AlbireoError | None = None
-        self._writing: asyncio.Timeout | None = None
-        self._has_written = False
+        self._has_written = self._is_writing = self._is_interrupted = False
         self._num_waiting_bytes = 0
         self._num_unfinished = request.n  # completions whose last delta was not taken
         self._num_running = request.n
@@ -90,31 +89,26 @@ class RequestStream:
         self, error_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._metrics.num_streams_open -= 1
+        self._slots.leave(self)
         for sequence in self._sequences:
             self._link.cancel(sequence.sequence_id)  # nothing where it is over
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every completion's last delta was taken."""
-        return self._num_unfinished == 0
+    async def next_delta(self) -> Delta | None:
+        """Waits until a completion has something new and there is a slot to write it; returns everything new of the
+        one that has waited longest. None: there is nothing more. Raises what the request failed with.
 
-    async def wait(self) -> None:
-        """Waits until a completion has something new. Raises what the request failed with."""
-        if not self._ready and self._error is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+        The slot is held until the next call.
+        """
+        self._slots.leave(self)
+        if self._error is None and self._num_unfinished:
+            self._turn = self._loop.create_future()
+            self._has_asked = False
+            if self._ready:
+                self._ask()
+            await self._turn
         if self._error is not None:
             raise self._error
-
-    def take(self) -> Delta:
-        """Everything new of the completion that has waited longest; call after `wait`."""
-        sequence = self._ready.popleft()
-        sequence.is_ready = False
-        self._num_waiting_bytes -= sequence.completion.num_waiting_bytes
-        delta = sequence.completion.take()
-        if delta.finish is not None:
-            self._num_unfinished -= 1
-        return delta
+        return self._take() if self._num_unfinished else None
 
     async def write(self, context: Context, message: Any) -> None:
         """Writes to the client. Raises what the request failed with, also meanwhile, and Overloaded when the client
@@ -124,25 +118,52 @@ class RequestStream:
         """
         if self._error is not None:
             raise self._error
+        self._is_writing = True
         try:
-            async with asyncio.timeout(self._bounds.write_timeout_s) as self._writing:
-                if not self._has_written:
-                    # Apart, because a status cannot follow headers that are part of a pending write.
-                    await context.send_initial_metadata(())
-                    self._has_written = True
-                await context.write(message)
+            if not self._has_written:
+                # Apart, because a status cannot follow headers that are part of a pending write.
+                await context.send_initial_metadata(())
+                self._has_written = True
+            await context.write(message)
             self._metrics.num_responses += 1
-        except TimeoutError:
-            waited = f"a write has been pending for {self._bounds.write_timeout_s:g} s"
-            raise self._error or Overloaded(f"the client reads too slowly: {waited}") from None
+        except asyncio.CancelledError:
+            if (
+                self._is_interrupted
+                and self._error is not None
+                and self._task is not None
+                and not self._task.uncancel()
+            ):
+                raise self._error from None
+            raise  # the client cancelled the call
         finally:
-            self._writing = None
+            self._is_writing = False
+
+    def _take(self) -> Delta:
+        sequence = self._ready.popleft()
+        sequence.is_ready = False
+        self._num_waiting_bytes -= sequence.completion.num_waiting_bytes
+        delta = sequence.completion.take()
+        if delta.finish is not None:
+            self._num_unfinished -= 1
+        return delta
+
+    def _ask(self) -> None:
+        if not self._has_asked:
+            self._has_asked = True
+            self._slots.ask(self)
+
+    def may_write(self) -> None:
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
+
+    def too_slow(self, pending_s: float) -> None:
+        self.fail(Overloaded(f"the client reads too slowly: a write has been pending for {pending_s:g} s"))
 
     def received(self, num_bytes: int) -> None:
         """More waits to be taken."""
         self._num_waiting_bytes += num_bytes
-        if self._num_waiting_bytes > self._bounds.backlog_bytes and self._error is None:
-            most = f"{self._bounds.backlog_bytes >> 10} KiB"
+        if self._num_waiting_bytes > self._backlog_bytes and self._error is None:
+            most = f"{self._backlog_bytes >> 10} KiB"
             if self._in_full:
                 self.fail(Overloaded(f"the answer in full takes more than {most}: stream it"))
             else:
@@ -163,17 +184,14 @@ class RequestStream:
         elif not sequence.is_ready:
             sequence.is_ready = True
             self._ready.append(sequence)
-        self._wake()
+        self._ask()
 
     def fail(self, error: AlbireoError) -> None:
         self._error = self._error or error
-        if self._writing is not None and not self._writing.expired():
-            self._writing.reschedule(asyncio.get_running_loop().time())
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.may_write()
+        if self._is_writing and not self._is_interrupted:
+            self._is_interrupted = True
+            self._task.cancel()
 
 
 class _Sequence:
@@ -218,6 +236,12 @@ class _Sequence:
 
     def fail(self, error: AlbireoError) -> None:
         self._stream.fail(error)
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _open_completion(

@@ -47,26 +47,20 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
         num_sent: dict[int, int] = {}
         with await self._core.open(fields) as stream:
             num_prompt_tokens = len(stream.request.token_ids)
-            while not stream.is_done:
-                await stream.wait()
-                async with self._core.write_slots.slot():
-                    delta = stream.take()
-                    if delta.token_ids:
-                        num_sent[delta.index] = num_sent.get(delta.index, 0) + len(delta.token_ids)
-                        await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
-                    if delta.finish is not None:
-                        num_tokens = num_sent.get(delta.index, 0)
-                        await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, []))
+            while (delta := await stream.next_delta()) is not None:
+                if delta.token_ids:
+                    num_sent[delta.index] = num_sent.get(delta.index, 0) + len(delta.token_ids)
+                    await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
+                if delta.finish is not None:
+                    num_tokens = num_sent.get(delta.index, 0)
+                    await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, []))
 
     async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
         with await self._core.open(fields, in_full=True) as stream:
             num_prompt_tokens = len(stream.request.token_ids)
-            while not stream.is_done:
-                await stream.wait()
-                async with self._core.write_slots.slot():
-                    delta = stream.take()
-                    ids = delta.token_ids
-                    await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, len(ids), ids))
+            while (delta := await stream.next_delta()) is not None:
+                ids = delta.token_ids
+                await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, len(ids), ids))
 
     async def Abort(self, request: Any, context: Context) -> Any:
         try:

@@ -122,13 +122,14 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         self.ready.set()
         self.load = frontend_pb2.Load(is_serving=True)
         self._context: Any = None
+        self._writing = asyncio.Lock()  # what was written may be read before the write has returned
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:  # type: ignore[override]
         self._context = context
         self.hello = (await anext(aiter(request_iterator))).hello
         await self.ready.wait()
         welcome = frontend_pb2.Welcome(group=self.group)
-        await context.write(frontend_pb2.PlannerMessage(welcome=welcome, load=self.load))
+        await self.send_message(frontend_pb2.PlannerMessage(welcome=welcome, load=self.load))
         async for message in request_iterator:
             if message.flushes_cache:
                 self.flushed.set()
@@ -159,11 +160,12 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         )
 
     async def send_message(self, message: frontend_pb2.PlannerMessage) -> None:
-        await self._context.write(message)
+        async with self._writing:
+            await self._context.write(message)
 
     async def say_serving(self, is_serving: bool) -> None:
         self.load = frontend_pb2.Load(is_serving=is_serving)
-        await self._context.write(frontend_pb2.PlannerMessage(load=self.load))
+        await self.send_message(frontend_pb2.PlannerMessage(load=self.load))
 
     async def run(self, sequence_id: int, token_ids: list[int], **ended: Any) -> None:
         """A whole sequence, one message per token, its end with the last."""

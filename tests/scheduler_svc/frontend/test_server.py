@@ -19,7 +19,6 @@ from albireo.v1.generation_pb2 import GenerateRequest, GetModelInfoRequest, Samp
 from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.model import load_served_model
 from scheduler_svc.frontend.server import FrontendServer
-from scheduler_svc.frontend.slots import WriteSlots
 
 Ids = Callable[..., list[int]]
 pytestmark = pytest.mark.timeout(30)
@@ -261,22 +260,3 @@ def test_a_model_that_cannot_be_served_is_a_configuration_error(
         (tmp_path / file).write_text(content)
     with pytest.raises(ConfigError, match=message):
         load_served_model(FrontendConfig(model=str(tmp_path)))
-
-
-async def test_a_stalled_write_gives_its_slot_back() -> None:
-    """Clients that do not read must not hold up the others."""
-    slots = WriteSlots(limit=1, stall_s=0.01)
-    async with slots.slot(), asyncio.timeout(5), slots.slot():
-        pass
-    assert slots._free._value == 1
-
-
-async def test_writes_are_bounded() -> None:
-    slots = WriteSlots(limit=2, stall_s=60)
-    tickets = [await slots.acquire() for _ in range(2)]
-    waiting = asyncio.create_task(slots.acquire())
-    await asyncio.sleep(0.01)
-    assert not waiting.done()
-    slots.release(tickets[0])
-    slots.release(tickets[0])
-    await waiting
