@@ -2,8 +2,12 @@
 
 gRPC's server cannot stop accepting short of stopping, and one that stops drops the requests that are on their way to it
 or wait in its queue: their clients see CANCELLED. So an address is given up around gRPC: its listening sockets are shut
-down, connections leave when they reach their age limit (gRPC sends GOAWAY then and serves what was sent before it), and
-only then the server stops.
+down, connections leave when they reach their age limit (gRPC sends GOAWAY then and serves what was sent before it, for
+as long as that takes), and only then the server stops.
+
+On a unix socket that has one gap, and only a client can close it: gRPC closes an aged connection right after its last
+answer, and a client that writes before it has read that answer (gRPC's bandwidth probe does, ``grpc.http2.bdp_probe``)
+gets a broken pipe and drops the answer with the connection. On TCP such a write succeeds.
 """
 
 import asyncio

@@ -39,7 +39,8 @@ class RequestStream:
     completions are over. ``arrived_at`` is the request's arrival by the monotonic clock. Past ``backlog_bytes``,
     received from the planner and not taken (of an answer in full, that is all of it), the request fails.
 
-    The handler sleeps until it has both something to write and a slot for writing, and is woken once for both.
+    The handler sleeps until it has both something to write and a slot for writing, and is woken once for both: the
+    stream is the `Writer` of its slot.
     """
 
     def __init__(
