@@ -47,7 +47,9 @@ def main() -> None:
     reports = sorted(args.directory.glob("t[0-9]*.json"))
     if reports:
         plot = Path(__file__).with_name("plot_host.py")
-        subprocess.run([sys.executable, str(plot), *map(str, reports), "-o", str(args.directory)], check=True)
+        subprocess.run(
+            [sys.executable, str(plot), *map(str, reports), "-o", str(args.directory / "host.png")], check=True
+        )
 
 
 if __name__ == "__main__":

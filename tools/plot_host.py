@@ -1,11 +1,10 @@
-"""Draws reports of `albireo bench host --json` as PNGs: what the host costs over batch sizes and TP degrees.
+"""Draws reports of `albireo bench host --json` as a PNG: what the host costs over batch sizes and TP degrees.
 
-    python tools/plot_host.py results/*.json -o docs/benchmarks/host
+    python tools/plot_host.py results/*.json -o host.png
 
-One picture per figure: idle fraction, CPU per step of each process, shortest step. In each, the upper row is over the
-batch size with a panel per TP degree, the lower one over the TP degree with a panel per batch size; lines are depths.
-Reports of the same setting are merged by their median. Reports of different engines, clients or step lengths are not
-mixed: give them in separate runs.
+A row per figure: idle fraction, CPU per step of each process, shortest step. Its panels are over the batch size at a TP
+degree, and over the TP degree at a batch size; lines are depths. Reports of the same setting are merged by their
+median. Reports of different engines, clients or step lengths are not mixed: give them in separate runs.
 """
 
 import argparse
@@ -34,21 +33,21 @@ Report = dict[str, Any]
 
 @dataclass(frozen=True)
 class Quantity:
-    """What a picture shows: its file name, its axis, and where its value is in a depth's figures."""
+    """What a row shows: its axis, and where its value is in a depth's figures."""
 
-    file: str
     title: str
     value: Callable[[dict[str, Any]], float | None]
 
 
 QUANTITIES = (
-    Quantity("idle", "device idle, %", lambda at: 100 * at["idle_fraction"]),
-    Quantity("planner", "planner, CPU us per step", lambda at: at["planner_cpu_us_per_step"]),
-    Quantity("leader", "leader, CPU us per step", lambda at: at["leader_cpu_us_per_step"]),
+    Quantity("device idle, %", lambda at: 100 * at["idle_fraction"]),
+    Quantity("planner logic, CPU us", lambda at: at["planner_logic_cpu_us_per_step"]),
+    Quantity("planner, CPU us", lambda at: at["planner_cpu_us_per_step"]),
+    Quantity("leader, CPU us", lambda at: at["leader_cpu_us_per_step"]),
     # At TP 1 there is no other rank.
-    Quantity("rank", "other rank, CPU us per step", lambda at: at["rank_cpu_us_per_step"] or None),
-    Quantity("frontend", "front end, CPU us per step", lambda at: at["frontend_cpu_us_per_step"]),
-    Quantity("shortest", "shortest step with 1 % idle, ms", lambda at: at.get("shortest_step_ms")),
+    Quantity("other rank, CPU us", lambda at: at["rank_cpu_us_per_step"] or None),
+    Quantity("front end, CPU us", lambda at: at["frontend_cpu_us_per_step"]),
+    Quantity("shortest step with 1 % idle, ms", lambda at: at.get("shortest_step_ms")),
 )
 
 # (TP degree, batch, depth) -> value
@@ -118,26 +117,30 @@ def _lines(values: Values, tp: int | None = None, batch: int | None = None) -> d
     return lines
 
 
-def picture(values: Values, quantity: Quantity, subtitle: str) -> Figure:
+def panels(values: Values) -> list[Panel]:
+    """One over the batch size for each TP degree, one over the TP degree for each batch size, where there are lines:
+    a single point shows nothing."""
     degrees = sorted({tp for tp, _, _ in values})
     batches = sorted({batch for _, batch, _ in values})
-    rows = [
-        [Panel(f"TP {tp}", "sequences at a time", batches, _lines(values, tp=tp)) for tp in degrees],
-        [Panel(f"batch {batch}", "TP degree", degrees, _lines(values, batch=batch)) for batch in batches],
-    ]
-    # Over a single value there is nothing to see.
-    rows = [row for row in rows if len(row[0].ticks) > 1] or rows[:1]
-    num_columns = max(map(len, rows))
+    made = [Panel(f"TP {tp}", "sequences at a time", batches, _lines(values, tp=tp)) for tp in degrees]
+    made += [Panel(f"batch {batch}", "TP degree", degrees, _lines(values, batch=batch)) for batch in batches]
+    return [panel for panel in made if any(len(points) > 1 for points in panel.lines.values())]
+
+
+def picture(rows: Mapping[str, Sequence[Panel]], subtitle: str) -> Figure:
+    """A row of panels for each quantity, by its title."""
+    num_columns = max(map(len, rows.values()))
     size = (max(4.5, _PANEL_INCHES[0] * num_columns), _PANEL_INCHES[1] * len(rows) + 0.8)
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(len(rows), num_columns, squeeze=False, sharey=True)
-    for row, row_axes in zip(rows, grid, strict=True):
+    grid = figure.subplots(len(rows), num_columns, squeeze=False, sharey="row")
+    for (title, row), row_axes in zip(rows.items(), grid, strict=True):
         for panel, axes in zip(row, row_axes, strict=False):
             draw(axes, panel)
         for axes in row_axes[len(row) :]:
             axes.set_visible(False)
-    grid[0, 0].set_ylim(0, 1.1 * max(values.values()) or 1)
-    figure.suptitle(f"{quantity.title}\n{subtitle}", fontsize=10)
+        row_axes[0].set_ylabel(title, fontsize=8)
+        row_axes[0].set_ylim(bottom=0)
+    figure.suptitle(subtitle, fontsize=10)
     handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     names = sorted(handles, key=str)
     figure.legend(
@@ -160,19 +163,15 @@ def subtitle_of(report: Report) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="PREFIX", help="pictures are PREFIX-idle.png and so on"
-    )
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="a PNG")
     args = parser.parse_args()
     reports = read_reports(args.reports)
-    for quantity in QUANTITIES:
-        values = values_of(reports, quantity)
-        if not values:
-            print(f"{quantity.file}: not in these reports")
-            continue
-        file = Path(f"{args.output}-{quantity.file}.png")
-        picture(values, quantity, subtitle_of(reports[0])).savefig(file, dpi=110, facecolor="white")
-        print(f"{file}: {file.stat().st_size / 1e3:.0f} kB")
+    rows = {quantity.title: panels(values_of(reports, quantity)) for quantity in QUANTITIES}
+    rows = {title: row for title, row in rows.items() if row}
+    if not rows:
+        parser.error("no two of these reports differ in batch size or TP degree alone")
+    picture(rows, subtitle_of(reports[0])).savefig(args.output, dpi=100, facecolor="white")
+    print(f"{args.output}: {args.output.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":
