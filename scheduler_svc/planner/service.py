@@ -202,6 +202,7 @@ class Planner:
             state = "it ran out while the request ran" if sequence.scheduled_ns else "too late to begin"
             late = Refused(f"deadline: {state}, {waited_s:.3g} s after arrival", grpc.StatusCode.DEADLINE_EXCEEDED)
             self._refuse(sequence.frontend, sequence.sequence_id, late)
+            self._woken.set()  # others may have its place
 
     # The group: lost and regained.
 
