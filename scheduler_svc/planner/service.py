@@ -51,6 +51,10 @@ class Planner:
         recovery_timeout_s: so long may a lost group stay away before its sequences fail.
         max_itl_s: prompts are computed in chunks so small that sequences which decode need not wait longer for their
             next token; 0: in chunks as large as the group takes.
+
+    Attributes:
+        frontends: the servicer that front ends attach to.
+        timeline, counts: what traces and metrics are made of.
     """
 
     def __init__(
