@@ -4,6 +4,7 @@
     ├── InvalidRequest           INVALID_ARGUMENT     refuse the request: a field is wrong
     ├── NotServed                UNIMPLEMENTED        refuse the request: a parameter is not served yet
     ├── Overloaded               RESOURCE_EXHAUSTED   refuse the request: try again later
+    ├── DeadlineExceeded         DEADLINE_EXCEEDED    refuse or fail the request: nobody waits for its answer
     ├── GroupUnavailable         UNAVAILABLE          fail the request: its worker group is gone
     ├── ConfigError              FAILED_PRECONDITION  do not start: a flag, file or model is wrong
     └── GroupError               INTERNAL             restart the group: its state can no longer be trusted
@@ -41,6 +42,12 @@ class Overloaded(AlbireoError):
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class DeadlineExceeded(AlbireoError):
+    """A request's deadline has passed."""
+
+    status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 class GroupUnavailable(AlbireoError):

@@ -17,6 +17,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 
+from albireo.cli.processes import command_line, descendants
+
 START_TIMEOUT_S = 120.0
 # gRPC's own first reconnect comes after a second.
 _PROBE_OPTIONS = [
@@ -92,8 +94,9 @@ class Service:
 
     def pids(self, *words: str) -> list[int]:
         """Its descendants with these words in a row on their command line."""
-        wanted = "\0".join(("", *words, "")).encode()
-        return [pid for pid in descendants(self.process.pid) if wanted in _command_line(pid)]
+        wanted = "\0".join(("", *words, ""))
+        lines = {pid: "\0".join(("", *command_line(pid), "")) for pid in descendants(self.process.pid)}
+        return [pid for pid, line in lines.items() if wanted in line]
 
     def send_signal(self, pid: int, number: signal.Signals) -> None:
         """Signals a descendant; ProcessLookupError when ``pid`` is none, or not any more."""
@@ -104,16 +107,6 @@ class Service:
             signal.pidfd_send_signal(file, number)
         finally:
             os.close(file)
-
-
-def descendants(pid: int) -> list[int]:
-    """Of a process, those that it has waited for left out."""
-    found: list[int] = []
-    with contextlib.suppress(OSError):  # gone meanwhile
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            for child in map(int, (task / "children").read_text().split()):
-                found += [child, *descendants(child)]
-    return found
 
 
 def read_metrics(port: int) -> dict[str, float]:
@@ -162,13 +155,6 @@ def scheduler(run_dir: Path, model: str | Path, group: str, **flags: object) -> 
     """A planner with front ends; yields the address for clients."""
     with scheduler_service(run_dir, model, group, **flags) as service:
         yield service.address
-
-
-def _command_line(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return b""
 
 
 def _argv(flags: dict[str, object]) -> list[str]:

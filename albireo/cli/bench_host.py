@@ -25,8 +25,6 @@ from albireo.errors import AlbireoError
 # Step lengths at which the search for the shortest tries to keep the device busy, and what "busy" means.
 LADDER_MS = (10.0, 7.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5)
 MAX_IDLE_FRACTION = 0.01
-_MIN_LADDER_STEPS = 400
-_NUM_TRIES = 2  # single stalls of this host must not decide
 
 _ROWS = {
     "step_ms": "step, ms",
@@ -126,7 +124,7 @@ async def bench_host(
         here = replace(setting, depth=depth)
         figures = await _measure_depth(here, num_steps, reps)
         if shortest:
-            figures["shortest_step_ms"] = await _shortest_step(here, max(_MIN_LADDER_STEPS, num_steps // 5))
+            figures["shortest_step_ms"] = await _shortest_step(here, num_steps, reps)
         at_depths[f"depth_{depth}"] = figures
     facts = {name: value for name, value in asdict(setting).items() if name != "depth"}
     return {
@@ -137,7 +135,6 @@ async def bench_host(
         "num_steps": num_steps,
         "reps": reps,
         "version": albireo.__version__,
-        "commit": "unknown",  # an installed package does not know; whoever keeps the report does
         "num_cpus": os.cpu_count(),
         "python": platform.python_version(),
         "load_average_before": load_average[0],
@@ -151,19 +148,16 @@ async def _measure_depth(setting: Setting, num_steps: int, reps: int) -> Figures
     return {**medians(runs), "runs": runs}
 
 
-async def _shortest_step(setting: Setting, num_steps: int) -> float | None:
-    """The last step length of the ladder, from the longest down, at which the device idles for 1 % at most; None when
-    that is not so at the longest."""
+async def _shortest_step(setting: Setting, num_steps: int, reps: int) -> float | None:
+    """The last step length of the ladder, from the longest down, at which the device idles for 1 % at most, by the
+    median of the windows; None when that is not so at the longest."""
     held = None
-    with counting_bar(len(LADDER_MS) * num_steps, f"depth {setting.depth}, shortest step", "step") as bar:
+    with counting_bar(len(LADDER_MS) * reps * num_steps, f"depth {setting.depth}, shortest step", "step") as bar:
         for step_ms in LADDER_MS:
-            for _ in range(_NUM_TRIES):
-                (figures,) = await _run(replace(setting, step_ms=step_ms), num_steps, 1, bar)
-                if figures["idle_fraction"] <= MAX_IDLE_FRACTION:
-                    held = step_ms
-                    break
-            else:
-                return held
+            runs = await _run(replace(setting, step_ms=step_ms), num_steps, reps, bar)
+            if medians(runs)["idle_fraction"] > MAX_IDLE_FRACTION:
+                break
+            held = step_ms
     return held
 
 

@@ -3,17 +3,9 @@
 import math
 import time
 
-import grpc
-
-from albireo.errors import AlbireoError
+from albireo.errors import DeadlineExceeded
 
 NO_DEADLINE = math.inf
-
-
-class DeadlineExceeded(AlbireoError):
-    """A request's deadline has passed, so that nobody waits for its answer."""
-
-    status = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def deadline_in(remaining_s: float | None) -> float:

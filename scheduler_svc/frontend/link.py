@@ -13,11 +13,10 @@ import grpc
 import structlog
 from grpc import aio
 
-from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.ledger import FRONTEND_COLUMNS, Ledger
 from albireo.rpc import make_channel
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
-from scheduler_svc.frontend.deadline import DeadlineExceeded
 from scheduler_svc.frontend.messages import in_messages, started_in, tokens_in
 from scheduler_svc.frontend.outstanding import Outstanding, Receiver
 

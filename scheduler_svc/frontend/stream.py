@@ -128,12 +128,7 @@ class RequestStream:
             await context.write(message)
             self._metrics.num_responses += 1
         except asyncio.CancelledError:
-            if (
-                self._is_interrupted
-                and self._error is not None
-                and self._task is not None
-                and not self._task.uncancel()
-            ):
+            if self._is_interrupted and self._error is not None and not self._task.uncancel():
                 raise self._error from None
             raise  # the client cancelled the call
         finally:

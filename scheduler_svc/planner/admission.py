@@ -83,7 +83,7 @@ def _start(state: PlannerState, sequence: Sequence, found: list[int]) -> None:
     state.table.take(sequence, blocks, num_computed)
     if state.limits.caches_prefixes:
         announce(state.coming, sequence, len(found))
-    if sequence.num_cached_tokens < 0:
+    if not sequence.has_begun:
         sequence.num_cached_tokens = min(num_computed, sequence.num_prompt_tokens)
 
 

@@ -2,15 +2,14 @@
 
 import heapq
 
-from scheduler_svc.planner.sequence import Sequence, Status
+from scheduler_svc.planner.sequence import Sequence
 from scheduler_svc.planner.state import PlannerState, end
 
 
 def watch_deadline(state: PlannerState, sequence: Sequence, least_ns: int) -> None:
     """``sequence`` has a deadline and takes ``least_ns`` once it starts."""
-    sequence.latest_start_ns = sequence.deadline_ns - least_ns
     key = sequence.frontend, sequence.sequence_id
-    heapq.heappush(state.deadlines, (sequence.latest_start_ns, *key))
+    heapq.heappush(state.deadlines, (sequence.deadline_ns - least_ns, *key))
     heapq.heappush(state.deadlines, (sequence.deadline_ns, *key))
     if len(state.deadlines) > 4 * len(state.sequences) + 1024:  # mostly of sequences that ended in time
         state.deadlines = [each for each in state.deadlines if each[1:] in state.sequences]
@@ -26,8 +25,7 @@ def drop_overdue(state: PlannerState, now_ns: int) -> list[Sequence]:
         sequence = state.sequences.get((frontend, sequence_id))
         if sequence is None:
             continue
-        has_run = sequence.num_cached_tokens >= 0 or sequence.status is not Status.WAITING
-        if sequence.deadline_ns <= now_ns or not has_run:
+        if sequence.deadline_ns <= now_ns or not sequence.has_begun:
             end(state, sequence)
             overdue.append(sequence)
     return overdue

@@ -43,7 +43,6 @@ class Sequence:
         num_cached_tokens: of the prompt, found in blocks when it ran first; -1 before.
         min_output_tokens: it cannot end with fewer by itself.
         deadline_ns: when its client stops waiting, by the service's clock; 0: never.
-        latest_start_ns: when it is too late to start; 0: never.
     """
 
     frontend: int
@@ -61,7 +60,6 @@ class Sequence:
     num_cached_tokens: int = -1
     min_output_tokens: int = 1
     deadline_ns: int = 0
-    latest_start_ns: int = 0
     status: Status = Status.WAITING
     slot: int = -1
     last_step: int = -1  # when it finishes or leaves its slot: no step after this one has a row of it
@@ -71,6 +69,11 @@ class Sequence:
     submitted_ns: int = 0
     scheduled_ns: int = 0
     first_token_ns: int = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has ever had a slot."""
+        return self.num_cached_tokens >= 0
 
     @property
     def has_output(self) -> bool:

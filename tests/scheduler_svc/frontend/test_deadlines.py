@@ -9,9 +9,10 @@ import pytest
 from grpc import aio
 from smg_grpc_proto import vllm_engine_pb2
 
+from albireo.errors import DeadlineExceeded
 from albireo.v1 import frontend_pb2
 from albireo.v1.generation_pb2 import GenerateRequest, SamplingParams, TokenIds
-from scheduler_svc.frontend.deadline import NO_DEADLINE, DeadlineExceeded, deadline_in, remaining_s
+from scheduler_svc.frontend.deadline import NO_DEADLINE, deadline_in, remaining_s
 from scheduler_svc.frontend.native import GenerationServicer
 from scheduler_svc.frontend.vllm_api import VllmEngineServicer
 

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 
 from albireo.arrays import pack_uint64, unpack_int32
-from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.rpc import make_server
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc
-from scheduler_svc.frontend.deadline import DeadlineExceeded
 from scheduler_svc.frontend.link import PlannerLink
 
 
