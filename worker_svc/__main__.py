@@ -16,6 +16,7 @@ from albireo.child import Child, Roll, python_module
 from albireo.config import parse, to_argv
 from albireo.errors import AlbireoError, GroupError
 from albireo.logging import set_up_logging
+from albireo.placement import choose_tp
 from albireo.supervise import supervise
 from albireo.watchdog import Watchdog
 from worker_svc.config import WorkerConfig
@@ -25,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     config = parse(WorkerConfig, "python -m worker_svc", "Runs a model on the ranks of one worker group.", argv)
     set_up_logging("worker" if config.rank < 0 else f"rank-{config.rank}", config.log_level)
     try:
+        tp = config.tp or choose_tp(config.model, config.engine, config.device)
+        config = dataclasses.replace(config, tp=tp)
         if config.rank >= 0:
             watchdog = Watchdog()
             watchdog.start_thread()  # importing takes a while

@@ -144,7 +144,7 @@ def _record(ledger: Ledger, launched: LaunchedStep, times: StepTimes) -> None:
         step.step_id,
         step.received_at_ns,
         step.prepared_at_ns,
-        launched.launched_at_ns,
+        min(launched.launched_at_ns, times.start_at_ns),  # a device that is idle begins before `launch` returns
         times.start_at_ns,
         times.end_at_ns,
         times.forward_ns,

@@ -12,9 +12,13 @@ class WorkerConfig:
 
     model: str = flag("demo", "model directory, Hub id, or 'demo'")
     engine: str = flag("torch", "what runs the model", choices=("torch", "stub"))
-    tp: int = flag(1, "ranks of the group (tensor parallelism)")
+    tp: int = flag(0, "ranks of the group (tensor parallelism); 0: 2 on a CPU where that is possible, else 1")
     device: str = flag("auto", "auto takes an NVIDIA GPU where there is one", choices=("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto takes the checkpoint's", choices=("auto", "float32", "bfloat16"))
+    quantize: str = flag(
+        "none", "w8a8: weights and activations of linear layers in 8 bits, on a CPU", choices=("none", "w8a8")
+    )
+    eager: bool = flag(False, "on a CPU, run the model op by op in torch, not as compiled kernels; slow")
     max_num_seqs: int = flag(0, "sequences that run at once; 0: 64 on a CPU, 256 on a GPU")
     max_model_len: int = flag(0, "longest sequence, tokens; 0: the model's")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: 512 on a CPU, 4096 on a GPU")
@@ -39,7 +43,7 @@ class WorkerConfig:
     rank: int = flag(-1, "run this rank only; -1: start all ranks of the group and watch them")
 
     def __post_init__(self) -> None:
-        if self.tp < 1:
-            raise ValueError(f"--tp {self.tp}: at least 1")
+        if self.tp < 0:
+            raise ValueError(f"--tp {self.tp}: must not be negative")
         if self.step_timeout <= 0:
             raise ValueError(f"--step-timeout {self.step_timeout:g}: more than 0")

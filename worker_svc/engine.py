@@ -6,9 +6,13 @@ from pathlib import Path
 from typing import Protocol
 
 from albireo.arrays import Int32Array
+from albireo.errors import ConfigError
+from albireo.model_spec import ModelSpec
 from worker_svc.batch import InputBatch
 
 BLOCK_SIZE = 32  # tokens; the KV store's canonical layout will count on it
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 # Reports loading: what is being done, and the fraction done, 0..1.
 Progress = Callable[[str, float], None]
@@ -29,11 +33,28 @@ class EngineConfig:
     max_num_batched_tokens: int
     kv_cache_gib: float  # per rank; 0: chosen by the engine
     block_size: int = BLOCK_SIZE
+    quantize: str = "none"  # none, w8a8; of the compiled engine alone
     # Of the stub alone: what it computes, and how long its steps last (modelled).
     stub_mode: str = "truth"
     stub_step_ms: float = 0.0
     stub_device: str = "none"
     stub_model: str = "none"
+
+    def dtype_for(self, spec: ModelSpec) -> str:
+        """What a model is computed in; ConfigError: in nothing that is served."""
+        name = spec.dtype if self.dtype == "auto" else self.dtype
+        if name not in _DTYPES:
+            raise ConfigError(f"dtype {name}: models are computed in {', '.join(_DTYPES)}")
+        # Few CPUs compute in float16.
+        return "bfloat16" if name == "float16" and self.device == "cpu" else name
+
+    def length_for(self, spec: ModelSpec) -> int:
+        """The longest sequence of a model; ConfigError: it is asked to be longer than the model's."""
+        if self.max_model_len > spec.max_position_embeddings:
+            raise ConfigError(
+                f"--max-model-len {self.max_model_len}: {spec.name} has {spec.max_position_embeddings} positions"
+            )
+        return self.max_model_len or spec.max_position_embeddings
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,8 @@ class Engine(Protocol):
     and for `launch` where that is asynchronous.
     """
 
+    name: str
+    """What clients and benchmarks are told."""
     is_asynchronous: bool
     """Whether `launch` but queues a step on the device, in microseconds and without waiting for anyone. Then the I/O
     thread launches each step as soon as it is prepared, while the device runs the one before. Else the compute thread

@@ -8,10 +8,11 @@ import structlog
 from albireo.errors import ConfigError
 from albireo.ledger import RANK_COLUMNS, Ledger
 from albireo.model_spec import resolve_model
+from albireo.placement import may_have_gpu
 from albireo.v1 import plan_pb2
 from albireo.watchdog import Watchdog
 from worker_svc.config import WorkerConfig
-from worker_svc.engine import BLOCK_SIZE, Engine, EngineConfig, EngineInfo
+from worker_svc.engine import BLOCK_SIZE, Engine, EngineConfig, EngineInfo, Progress
 from worker_svc.follower import Follower
 from worker_svc.leader import Leader
 from worker_svc.ledgers import GroupLedgers, ledger_path
@@ -29,11 +30,11 @@ def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     ledger = Ledger(f"rank-{config.rank}", RANK_COLUMNS, path=ledger_path(run_dir, config.rank))
     life = Life(watchdog, deadlines, config.step_timeout, ledger)
     role = _make_role(config, run_dir, ledger)
-    engine_config, engine = make_engine(config, run_dir)
+    engine_config, engine = make_engine(config, run_dir, role.report_progress)
     info = engine.load(role.report_progress)
     log.info("weights are loaded", num_blocks=info.num_blocks)
     try:
-        life.run(engine, role, _group_info(config, engine_config, info))
+        life.run(engine, role, _group_info(engine.name, engine_config, info))
     except NoLeaderError as error:
         log.error("this rank ends", error=str(error))
         return 1
@@ -52,13 +53,9 @@ def _make_role(config: WorkerConfig, run_dir: Path, ledger: Ledger) -> Leader | 
     return Follower(config.rank, relay_path)
 
 
-def make_engine(config: WorkerConfig, run_dir: Path) -> tuple[EngineConfig, Engine]:
-    """The engine that ``--engine`` names, and its configuration with all defaults resolved."""
-    device = "cpu"
-    if config.engine == "torch":
-        from worker_svc.torch_engine.engine import TorchEngine, choose_device
-
-        device = choose_device(config.device)
+def make_engine(config: WorkerConfig, run_dir: Path, report: Progress) -> tuple[EngineConfig, Engine]:
+    """The engine that the flags name, and its configuration with all defaults resolved."""
+    device = "cpu" if config.engine == "stub" else _choose_device(config.device)
     on_gpu = device != "cpu"
     max_num_seqs = config.max_num_seqs or (256 if on_gpu else 64)
     max_num_batched_tokens = config.max_num_batched_tokens or max(max_num_seqs, 4096 if on_gpu else 512)
@@ -78,29 +75,62 @@ def make_engine(config: WorkerConfig, run_dir: Path) -> tuple[EngineConfig, Engi
         max_model_len=config.max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gib=config.kv_cache_gib,
+        quantize=config.quantize,
         stub_mode=config.stub_mode,
         stub_step_ms=config.stub_step_ms,
         stub_device=config.stub_device,
         stub_model=config.stub_model,
     )
-    if config.engine == "torch":
-        return engine_config, TorchEngine(engine_config)
-    from worker_svc.stub.engine import StubEngine
+    runs_compiled = config.engine == "torch" and not on_gpu and not config.eager
+    if config.quantize != "none" and not runs_compiled:
+        raise ConfigError(f"--quantize {config.quantize}: compiled kernels do that, on a CPU and without --eager")
+    if config.engine == "stub":
+        from worker_svc.stub.engine import StubEngine
 
-    return engine_config, StubEngine(engine_config)
+        return engine_config, StubEngine(engine_config)
+    return engine_config, _compiled_engine(engine_config, report) if runs_compiled else _eager_engine(engine_config)
 
 
-def _group_info(config: WorkerConfig, engine_config: EngineConfig, info: EngineInfo) -> plan_pb2.GroupInfo:
+def _choose_device(wanted: str) -> str:
+    """cpu or cuda. Torch, which takes seconds to import, is asked only where there may be a GPU."""
+    if wanted == "cpu" or (wanted == "auto" and not may_have_gpu()):
+        return "cpu"
+    from worker_svc.torch_engine.engine import choose_device
+
+    return choose_device(wanted)
+
+
+def _compiled_engine(config: EngineConfig, report: Progress) -> Engine:
+    """The compiled engine; where its kernels cannot be compiled, the eager one."""
+    from albireo_kernels.cpu import NoCompilerError, load_library
+    from worker_svc.cpu_engine.engine import CpuEngine
+
+    try:
+        return CpuEngine(config, load_library(report=report))
+    except NoCompilerError as error:
+        if config.quantize != "none":
+            raise ConfigError(f"--quantize {config.quantize}: {error}") from error
+        log.warning("the model runs op by op in torch, many times slower than compiled kernels", reason=str(error))
+        return _eager_engine(config)
+
+
+def _eager_engine(config: EngineConfig) -> Engine:
+    from worker_svc.torch_engine.engine import TorchEngine
+
+    return TorchEngine(config)
+
+
+def _group_info(engine: str, config: EngineConfig, info: EngineInfo) -> plan_pb2.GroupInfo:
     return plan_pb2.GroupInfo(
-        engine=config.engine,
+        engine=engine,
         device=info.device,
         dtype=info.dtype,
-        tp_size=config.tp,
+        tp_size=config.tp_size,
         vocab_size=info.vocab_size,
         eos_token_ids=info.eos_token_ids,
         block_size=BLOCK_SIZE,
         num_blocks=info.num_blocks,
-        max_num_seqs=engine_config.max_num_seqs,
+        max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
-        max_num_batched_tokens=engine_config.max_num_batched_tokens,
+        max_num_batched_tokens=config.max_num_batched_tokens,
     )

@@ -1,53 +1,20 @@
-"""``albireo bench``: measures a running server through its own API, or (`bench_host`) the services on this host."""
+"""``albireo bench``: measures a running server through its own API, or this machine: the services on it (`bench_host`),
+its kernels (`bench_kernels`), and how near a server comes to what the machine can do (`bench_roofline`)."""
 
 import argparse
 import asyncio
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from random import Random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-from albireo.cli import bench_host, client
-from albireo.cli.client import CallFailed
+from albireo.cli import bench_host, bench_kernels, bench_roofline, client
+from albireo.cli.bench_load import SAMPLING, Workload, run_load
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
-from albireo.errors import ConfigError
-from albireo.v1 import generation_pb2 as pb
 
-if TYPE_CHECKING:
-    from albireo.v1.generation_pb2_grpc import GenerationAsyncStub
-
-_SAMPLING = {
-    # Complete, so that the model's own defaults do not change what is measured.
-    "greedy": pb.SamplingParams(temperature=0.0, top_p=1.0, top_k=0),
-    "sampled": pb.SamplingParams(temperature=0.8, top_p=0.95, top_k=50),
-}
 _METRICS = ("out_tok_s", "total_tok_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
-_NUM_WARM_UP_TOKENS = 6
-# Prompts are drawn from these ids: past the special and single-byte tokens, below every vocabulary of note.
-_PROMPT_IDS = range(300, 25_000)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Requests of one shape; output lengths are fixed (ignore_eos)."""
-
-    num_requests: int
-    concurrency: int
-    num_prompt_tokens: int
-    num_output_tokens: int
-
-    def clamped(self, max_model_len: int) -> "Workload":
-        """The same shape, made to fit a context of ``max_model_len`` tokens."""
-        if max_model_len < 2:
-            raise ConfigError(f"a context of {max_model_len} tokens is too short to measure anything")
-        total = self.num_prompt_tokens + self.num_output_tokens
-        num_prompt_tokens = max(1, min(self.num_prompt_tokens, self.num_prompt_tokens * max_model_len // total))
-        num_output_tokens = min(self.num_output_tokens, max_model_len - num_prompt_tokens)
-        return replace(self, num_prompt_tokens=num_prompt_tokens, num_output_tokens=num_output_tokens)
 
 
 WORKLOADS = {
@@ -59,14 +26,21 @@ WORKLOADS = {
 
 
 def run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="albireo bench", description="Measure a running server, or this host.")
+    if list(argv[:1]) == ["kernels"]:
+        return bench_kernels.run(argv[1:])  # its flags are another program's
+    parser = argparse.ArgumentParser(prog="albireo bench", description="Measure a running server, or this machine.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_serve(commands.add_parser("serve", help="rates and latencies of one workload", description=_describe()))
     host = commands.add_parser("host", help="idle time of the device and CPU per step, with services of its own")
     bench_host.add_flags(host)
+    commands.add_parser("kernels", help="compiled kernels against what this machine's memory and cores can do")
+    roofline = commands.add_parser("roofline", help="decode steps of a server against the same")
+    bench_roofline.add_flags(roofline)
     args = parser.parse_args(argv)
     if args.command == "host":
         return bench_host.run(host, args)
+    if args.command == "roofline":
+        return bench_roofline.run(roofline, args)
     if args.reps < 1:
         parser.error("--reps: at least 1 is needed")
     report = asyncio.run(_bench_serve(args.target, args.workload, args.sampling, args.reps))
@@ -81,7 +55,7 @@ def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--target", default=client.DEFAULT_TARGET, metavar="HOST:PORT", help="default: %(default)s")
     parser.add_argument("--workload", choices=list(WORKLOADS), default="chat", help="default: %(default)s")
-    parser.add_argument("--sampling", choices=list(_SAMPLING), default="greedy", help="default: %(default)s")
+    parser.add_argument("--sampling", choices=list(SAMPLING), default="greedy", help="default: %(default)s")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="medians are over these; default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="write the report here as one JSON object; - is stdout")
 
@@ -99,14 +73,8 @@ async def _bench_serve(target: str, workload: str, sampling: str, reps: int) -> 
     """Runs the workload ``reps`` times; medians, the single runs, and what was measured."""
     async with client.connect(target) as (stub, info):
         shape = WORKLOADS[workload].clamped(info.max_model_len)
-        runs = []
-        seed = time.time_ns()  # prompts that no prefix cache has seen
         with counting_bar(reps * shape.num_requests, f"{workload}, {sampling}", "req") as bar:
-            for rep in range(reps):
-                prompts = _Prompts(Random(seed + rep), info.vocab_size)  # noqa: S311  # no secret
-                bench = _Bench(stub, shape, _SAMPLING[sampling], prompts, bar.update)
-                await bench.warm_up()
-                runs.append(await bench.measure())
+            runs = await run_load(stub, shape, info.vocab_size, reps=reps, sampling=sampling, on_done=bar.update)
     return {
         "workload": workload,
         "sampling": sampling,
@@ -120,106 +88,6 @@ async def _bench_serve(target: str, workload: str, sampling: str, reps: int) -> 
         "reps": reps,
         "runs": runs,
     }
-
-
-class _Prompts:
-    """Random prompts of one repetition."""
-
-    def __init__(self, rng: Random, vocab_size: int) -> None:
-        first = min(_PROMPT_IDS.start, vocab_size // 2)
-        self._ids = range(first, max(first + 1, min(_PROMPT_IDS.stop, vocab_size)))
-        self._rng = rng
-
-    def draw(self, num_tokens: int) -> pb.TokenIds:
-        return pb.TokenIds(ids=self._rng.choices(self._ids, k=num_tokens))
-
-
-@dataclass(frozen=True)
-class _Record:
-    """When a request was sent, and when tokens of it arrived."""
-
-    start_s: float
-    arrivals_s: list[float]
-
-
-class _Bench:
-    """One repetition of a workload."""
-
-    def __init__(
-        self,
-        stub: "GenerationAsyncStub",
-        shape: Workload,
-        sampling: pb.SamplingParams,
-        prompts: _Prompts,
-        on_done: Callable[[], object],
-    ) -> None:
-        self._stub = stub
-        self._shape = shape
-        self._sampling = sampling
-        self._prompts = prompts
-        self._on_done = on_done
-
-    async def warm_up(self) -> None:
-        """As many short requests as will run at a time."""
-        num_tokens = min(self._shape.num_output_tokens, _NUM_WARM_UP_TOKENS)
-        await asyncio.gather(*[self._ask(self._request(num_tokens)) for _ in range(self._shape.concurrency)])
-
-    async def measure(self) -> dict[str, float]:
-        shape = self._shape
-        requests = [self._request(shape.num_output_tokens) for _ in range(shape.num_requests)]
-        gate = asyncio.Semaphore(shape.concurrency)
-
-        async def ask(request: pb.GenerateRequest) -> _Record:
-            async with gate:
-                record = await self._ask(request)
-            self._on_done()
-            return record
-
-        start_s = time.perf_counter()
-        records = await asyncio.gather(*[ask(request) for request in requests])
-        wall_s = time.perf_counter() - start_s
-        first_s = [each.arrivals_s[0] - each.start_s for each in records]
-        gaps_s = [
-            after - before
-            for each in records
-            for before, after in zip(each.arrivals_s, each.arrivals_s[1:], strict=False)
-        ]
-        return {
-            "out_tok_s": shape.num_requests * shape.num_output_tokens / wall_s,
-            "total_tok_s": shape.num_requests * (shape.num_prompt_tokens + shape.num_output_tokens) / wall_s,
-            "ttft_p50_ms": 1e3 * percentile(first_s, 50),
-            "ttft_p99_ms": 1e3 * percentile(first_s, 99),
-            "itl_p50_ms": 1e3 * percentile(gaps_s, 50),
-            "itl_p99_ms": 1e3 * percentile(gaps_s, 99),
-        }
-
-    def _request(self, num_output_tokens: int) -> pb.GenerateRequest:
-        sampling = pb.SamplingParams(max_tokens=num_output_tokens, ignore_eos=True, n=1)
-        sampling.MergeFrom(self._sampling)
-        return pb.GenerateRequest(token_ids=self._prompts.draw(self._shape.num_prompt_tokens), sampling_params=sampling)
-
-    async def _ask(self, request: pb.GenerateRequest) -> _Record:
-        record = _Record(time.perf_counter(), [])
-        num_tokens = 0
-        async for response in client.stream(self._stub, request):
-            if response.token_ids:
-                num_tokens += len(response.token_ids)
-                record.arrivals_s.append(time.perf_counter())
-        if num_tokens != request.sampling_params.max_tokens:
-            message = f"an answer has {num_tokens} tokens, not {request.sampling_params.max_tokens}"
-            raise CallFailed("INTERNAL", message)
-        return record
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """By linear interpolation; 0 when there are no values."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    place = (len(ordered) - 1) * percent / 100
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def table(report: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from albireo.cli.run_dir import RunDir, open_run_dir
 from albireo.config import flag, from_namespace, parser_for, to_argv
 from albireo.errors import ConfigError
 from albireo.model_spec import load_model_spec, resolve_model
+from albireo.placement import choose_tp
 from albireo.supervise import supervise
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import plan_pb2
@@ -35,7 +36,7 @@ class ServeConfig:
 
     model: str = flag("demo", "'demo', a model directory in Hugging Face format, or a Hub id; as MODEL")
     served_model_name: str | None = flag(None, "name that clients see; else that of the directory or the Hub id")
-    tp: int = flag(1, "tensor parallelism: ranks of the worker group")
+    tp: int = flag(0, "tensor parallelism: ranks of the worker group; 0: 2 on a CPU where that is possible, else 1")
     host: str = flag("127.0.0.1", "address that clients connect to")
     port: int = flag(50051, "port that clients connect to; 0 picks a free one")
     frontends: int = flag(1, "front-end processes, all on the one port")
@@ -43,6 +44,8 @@ class ServeConfig:
     engine: str = flag("torch", "what runs the model; stub models a device and runs none", ("torch", "stub"))
     device: str = flag("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto is the checkpoint's", ("auto", "float32", "bfloat16"))
+    quantize: str = flag("none", "w8a8: weights and activations in 8 bits, on a CPU", ("none", "w8a8"))
+    eager: bool = flag(False, "on a CPU, run the model op by op in torch, not as compiled kernels; slow")
     max_num_seqs: int = flag(0, "sequences that run at once; 0: the worker's default")
     max_model_len: int = flag(0, "tokens of prompt and output together; 0: the model's")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: the worker's default")
@@ -84,10 +87,10 @@ def parse_config(argv: Sequence[str]) -> ServeConfig:
 
 def check_config(config: ServeConfig) -> ServeConfig:
     """Resolves model and port; raises ConfigError for what could not work, before anything is started."""
-    for name in ("tp", "frontends", "depth", "max_waiting", "max_streams"):
+    for name in ("frontends", "depth", "max_waiting", "max_streams"):
         if getattr(config, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: at least 1 is needed")
-    for name in ("max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib", "max_itl_ms"):
+    for name in ("tp", "max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib", "max_itl_ms"):
         if getattr(config, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     for name in ("recovery_timeout", "drain_timeout"):
@@ -97,8 +100,9 @@ def check_config(config: ServeConfig) -> ServeConfig:
         _forget(Path(config.ready_file))
     path = resolve_model(config.model)
     spec = load_model_spec(path)
+    tp = config.tp or choose_tp(str(path), config.engine, config.device)
     if config.engine != "stub":  # which models any number of ranks
-        spec.check_tp(config.tp)
+        spec.check_tp(tp)
     port = _check_port(config.host, config.port, "--port")
     if config.metrics_port:
         for metrics_port in range(config.metrics_port, config.metrics_port + 2 + config.frontends):
@@ -107,7 +111,7 @@ def check_config(config: ServeConfig) -> ServeConfig:
             _check_port(config.host, metrics_port, "--metrics-port")
     # The directory of a Hub id is named by a hash.
     name = config.served_model_name or (path.name if Path(config.model).is_dir() else config.model)
-    return replace(config, model=str(path), served_model_name=name, port=port)
+    return replace(config, model=str(path), served_model_name=name, tp=tp, port=port)
 
 
 def _check_port(host: str, port: int, flag_name: str) -> int:
@@ -150,10 +154,11 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
     def flags(*names: str) -> list[str]:
         return to_argv(config, *(name for name in names if name in given))
 
-    worker_flags = ["engine", "tp", "device", "dtype", "max_num_seqs", "max_model_len", "max_num_batched_tokens"]
+    worker_flags = ["engine", "tp", "device", "dtype", "quantize", "eager"]
+    limits = ["max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib"]
     worker = [
         *python_module("worker_svc"),
-        *flags("model", *worker_flags, "kv_cache_gib", "stub_step_ms"),
+        *flags("model", *worker_flags, *limits, "stub_step_ms"),
         *("--listen", group, "--run-dir", str(run_dir.group)),
         *flags("log_level"),
         *(["--metrics-port", str(config.metrics_port + 1)] if config.metrics_port else []),

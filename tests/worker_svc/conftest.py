@@ -1,4 +1,4 @@
-"""Makes `group_driver` importable."""
+"""Makes `group_driver` and `engine_story` importable."""
 
 import sys
 from pathlib import Path

@@ -66,7 +66,7 @@ class Ranks:
         self._run_dir = run_dir
         self._argv = ["--model", str(model), "--tp", str(tp), "--listen", self.address, "--run-dir", str(run_dir)]
         for name, value in flags.items():
-            self._argv += ["--" + name.replace("_", "-"), str(value)]
+            self._argv += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
         self.processes: dict[int, subprocess.Popen] = {}
         self.tp = tp
 

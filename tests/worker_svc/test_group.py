@@ -46,7 +46,8 @@ def test_sigterm_ends_the_group_in_order(tmp_path: Path, stub_model: Path):
     [
         (["--tp", "3"], "takes 1, 2, 4 or 8"),
         (["--model", "/nowhere"], "no such directory"),
-        (["--tp", "0"], "at least 1"),
+        (["--tp", "-1"], "must not be negative"),
+        (["--quantize", "w8a8"], "compiled kernels do that, on a CPU"),
         (["--max-num-batched-tokens", "8"], "less than --max-num-seqs 64"),
     ],
 )

@@ -80,10 +80,11 @@ async def test_a_roofline_says_how_long_steps_last(tmp_path: Path, stub_model: P
         assert (page["end_at_ns"] - page["start_at_ns"] == page["forward_ns"] + page["sample_ns"]).all()
 
 
-async def test_steps_of_a_real_model(tmp_path: Path):
+@pytest.mark.parametrize("flags", [{}, {"eager": True}], ids=["compiled", "eager"])
+async def test_steps_of_a_real_model(tmp_path: Path, flags: dict[str, bool]):
     """The parts of a step add up, and time in collectives is seen."""
     checkpoint = make_checkpoint(tmp_path / "model", "qwen3")
-    with Ranks(tmp_path, checkpoint, 2, engine="torch", device="cpu", max_model_len=256) as ranks:
+    with Ranks(tmp_path, checkpoint, 2, device="cpu", max_model_len=256, **flags) as ranks:
         await run_steps(ranks, 8)
         pages = await read_pages(ranks)
     assert sorted(pages) == ["rank-0", "rank-1"]

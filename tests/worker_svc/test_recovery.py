@@ -190,10 +190,11 @@ def test_sigterm_at_any_moment(tmp_path: Path, stub_model: Path, after: str):
         assert time.monotonic() - start < 5
 
 
-async def test_torch_ranks_keep_their_weights(tmp_path: Path):
+@pytest.mark.parametrize("flags", [{}, {"eager": True}], ids=["compiled", "eager"])
+async def test_ranks_of_a_real_model_keep_their_weights(tmp_path: Path, flags: dict[str, bool]):
     """Tokens are the same before and after the loss of each rank, and those that stay load nothing again."""
     checkpoint = make_checkpoint(tmp_path / "model", "qwen3")
-    with Ranks(tmp_path, checkpoint, 2, engine="torch", device="cpu", max_model_len=256) as ranks:
+    with Ranks(tmp_path, checkpoint, 2, device="cpu", max_model_len=256, **flags) as ranks:
 
         async def kill(rank: int) -> None:
             ranks.restart(rank)

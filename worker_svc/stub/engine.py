@@ -27,6 +27,8 @@ class StubEngine:
     it computes nothing else: its tokens tell nothing of the history.
     """
 
+    name = "stub"
+
     def __init__(self, config: EngineConfig) -> None:
         if truth.NUM_HEADS % config.tp_size:
             raise ConfigError(f"--tp {config.tp_size}: the stub engine takes 1, 2, 4 or 8")

@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 from albireo.errors import ConfigError
-from albireo.model_spec import ModelSpec, load_model_spec
+from albireo.model_spec import load_model_spec
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput, StepTimes
+from worker_svc.kv_budget import choose_num_blocks
+from worker_svc.rope import rope_tables
+from worker_svc.sharding import shard_model
 from worker_svc.torch_engine.collectives import Collectives, Rendezvous, SingleRank
 from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
-from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes, choose_num_blocks
+from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes
 from worker_svc.torch_engine.loader import load_weights
 from worker_svc.torch_engine.model import Decoder, forward
-from worker_svc.torch_engine.rope import rope_tables
 from worker_svc.torch_engine.sampler import sample
-from worker_svc.torch_engine.sharding import shard_model
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TorchEngine:
     """One rank of a model in eager torch, on a CPU or a GPU."""
 
+    name = "eager"
     is_asynchronous = False  # launching op by op takes as long as a small step
 
     def __init__(self, config: EngineConfig) -> None:
@@ -48,19 +48,21 @@ class TorchEngine:
         config = self._config
         spec = load_model_spec(config.model_path)
         shard = shard_model(spec, config.rank, config.tp_size)
-        max_model_len = _max_model_len(config, spec)
-        self._dtype = _dtype(config, spec, self._device)
+        max_model_len = config.length_for(spec)
+        dtype = config.dtype_for(spec)
+        self._dtype = getattr(torch, dtype)
         if self._device.type == "cpu":
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.tp_size))
         else:
             torch.cuda.set_device(self._device)
         weights = load_weights(spec, shard, self._dtype, self._device, report)
-        cos, sin = rope_tables(spec.rope, spec.head_dim, max_model_len, self._device)
-        self._decoder = Decoder(spec, shard, weights, cos, sin, SingleRank())  # `join` puts the real group in
+        cos, sin = map(torch.from_numpy, rope_tables(spec.rope, spec.head_dim, max_model_len))
+        rope = cos.to(self._device), sin.to(self._device)
+        self._decoder = Decoder(spec, shard, weights, *rope, SingleRank())  # `join` puts the real group in
         bytes_per_block = block_bytes(spec, shard, self._dtype)
         return EngineInfo(
             device=self._device.type,
-            dtype=str(self._dtype).removeprefix("torch."),
+            dtype=dtype,
             vocab_size=spec.vocab_size,
             eos_token_ids=spec.eos_token_ids,
             max_model_len=max_model_len,
@@ -69,7 +71,7 @@ class TorchEngine:
                 config.max_num_seqs,
                 max_model_len,
                 config.kv_cache_gib,
-                self._device,
+                torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
                 config.tp_size,
             ),
         )
@@ -209,20 +211,3 @@ def _device_of_rank(config: EngineConfig) -> torch.device:
     if config.rank >= count:
         raise ConfigError(f"--device {config.device}: rank {config.rank} has no GPU of its own; torch sees {count}")
     return torch.device("cuda", config.rank)
-
-
-def _dtype(config: EngineConfig, spec: ModelSpec, device: torch.device) -> torch.dtype:
-    name = spec.dtype if config.dtype == "auto" else config.dtype
-    if name not in _DTYPES:
-        raise ConfigError(f"dtype {name}: the torch engine computes in {', '.join(_DTYPES)}")
-    if name == "float16" and device.type == "cpu":
-        name = "bfloat16"  # few CPUs compute in float16
-    return _DTYPES[name]
-
-
-def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
-    if config.max_model_len > spec.max_position_embeddings:
-        raise ConfigError(
-            f"--max-model-len {config.max_model_len}: {spec.name} has {spec.max_position_embeddings} positions"
-        )
-    return config.max_model_len or spec.max_position_embeddings

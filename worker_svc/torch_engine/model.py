@@ -12,10 +12,10 @@ from torch import Tensor
 
 from albireo.model_spec import ModelSpec
 from albireo_kernels import reference as kernels
+from worker_svc.sharding import ModelShard
 from worker_svc.torch_engine.collectives import Collectives
 from worker_svc.torch_engine.inputs import StepInputs
 from worker_svc.torch_engine.kv_cache import KvCache
-from worker_svc.torch_engine.sharding import ModelShard
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array
 from albireo_kernels.reference import gumbel_noise, noise_keys, to_device
 from albireo_kernels.reference.sampling import MIN_TEMPERATURE
 from worker_svc.row_sampling import RowSampling
+from worker_svc.sharding import ModelShard
 from worker_svc.torch_engine.collectives import Collectives
-from worker_svc.torch_engine.sharding import ModelShard
 
 # Up to this top_k, rows are sampled from their best candidates.
 _MAX_CANDIDATES = 256

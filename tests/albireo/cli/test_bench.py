@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from albireo.cli.bench import WORKLOADS, Workload, percentile
+from albireo.cli.bench import WORKLOADS
+from albireo.cli.bench_load import Workload, percentile
 from albireo.cli.main import main
 from albireo.v1 import generation_pb2 as pb
 from fake_server import FakeServer

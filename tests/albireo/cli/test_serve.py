@@ -81,7 +81,7 @@ def test_metrics_ports_that_take_the_clients_port(model: str, capsys: pytest.Cap
     ("argv", "complaint"),
     [
         (["--tp", "3"], "--tp 3: 8 attention heads of tiny do not divide by it"),
-        (["--tp", "0"], "--tp 0: at least 1 is needed"),
+        (["--tp", "-1"], "--tp -1: must not be negative"),
         (["--frontends", "0"], "--frontends 0: at least 1"),
         (["--depth", "-1"], "--depth -1: at least 1"),
         (["--max-streams", "0"], "--max-streams 0: at least 1"),
@@ -146,7 +146,8 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
     start = worker.argv.index("-m") + 1
     assert worker.argv[start:] == [
         *("worker_svc", "--model", "/m", "--engine", "stub", "--tp", "2", "--device", "auto", "--dtype", "auto"),
-        *("--max-num-seqs", "9", "--listen", f"unix:{tmp_path}/group.sock", "--run-dir", f"{tmp_path}/group"),
+        *("--quantize", "none", "--max-num-seqs", "9"),
+        *("--listen", f"unix:{tmp_path}/group.sock", "--run-dir", f"{tmp_path}/group"),
         *("--log-level", "info", "--metrics-port", "9001"),
     ]
     assert scheduler.argv[start:] == [

@@ -13,9 +13,9 @@ from torch import Tensor
 from albireo.arrays import Int32Array, Int64Array
 from albireo_kernels import reference
 from worker_svc.row_sampling import RowSampling
+from worker_svc.sharding import ModelShard
 from worker_svc.torch_engine import sampler
 from worker_svc.torch_engine.collectives import SingleRank
-from worker_svc.torch_engine.sharding import ModelShard
 
 
 def vocab_shard(ids: range, widths: tuple[int, ...]) -> ModelShard:

@@ -1,22 +1,23 @@
 """A short story of plans that an engine runs: chunked prefill mixed with decodes, in scattered blocks.
 
-Imports no transformers, so that rank processes start quickly.
+Imports no transformers, and torch for the eager engine only, so that rank processes start quickly.
 """
 
 import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from albireo.arrays import pack_int32
+from albireo.arrays import Float32Array, pack_int32
 from albireo.plan import NewSequence, Rows, StepPlan
 from albireo.v1 import plan_pb2
-from worker_svc.batch import BatchState, InputBatch
-from worker_svc.engine import BLOCK_SIZE, EngineConfig, EngineInfo, StepTimes
-from worker_svc.torch_engine.engine import TorchEngine
+from albireo_kernels.cpu import Library, load_library
+from worker_svc.batch import BatchState
+from worker_svc.engine import BLOCK_SIZE, Engine, EngineConfig, EngineInfo, StepTimes
+
+Kind = Literal["eager", "compiled"]
 
 MAX_NUM_SEQS = 6
 MAX_MODEL_LEN = 128
@@ -33,6 +34,7 @@ def engine_config(
     dtype: str = "auto",
     max_model_len: int = MAX_MODEL_LEN,
     kv_cache_gib: float = 0.0,
+    quantize: str = "none",
 ) -> EngineConfig:
     return EngineConfig(
         model_path=model_path,
@@ -45,23 +47,34 @@ def engine_config(
         max_model_len=max_model_len,
         max_num_batched_tokens=128,
         kv_cache_gib=kv_cache_gib,
+        quantize=quantize,
     )
 
 
-class RecordingEngine(TorchEngine):
+class RecordingEngine(Engine, Protocol):
     """Keeps the whole vocabulary's logits of every sampling row."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
-        self.logits: list[Tensor] = []  # by step, [S, vocab_size]
+    recorded: list[Float32Array]  # by step, [S, vocab_size]
 
-    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Tensor:
-        decoder = self._loaded()
-        if len(logits_shard):
-            self.logits.append(decoder.group.all_gather(logits_shard, decoder.shard.vocab_widths).clone())
-        else:
-            self.logits.append(torch.zeros(0, decoder.spec.vocab_size))
-        return super()._sample(logits_shard, batch)
+
+def make_engine(kind: Kind, config: EngineConfig) -> Engine:
+    if kind == "eager":
+        from worker_svc.torch_engine.engine import TorchEngine
+
+        return TorchEngine(config)
+    from worker_svc.cpu_engine.engine import CpuEngine
+
+    return CpuEngine(config, load_library())
+
+
+def make_recording_engine(kind: Kind, config: EngineConfig, library: Library | None) -> RecordingEngine:
+    if kind == "eager":
+        from eager_recorder import RecordingTorchEngine
+
+        return RecordingTorchEngine(config)
+    from compiled_recorder import RecordingCpuEngine
+
+    return RecordingCpuEngine(config, library or load_library())
 
 
 @dataclass
@@ -73,14 +86,17 @@ class Sequence:
     blocks: list[int]
     sampling: plan_pb2.Sampling
     output: list[int] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)  # of each output token, [vocab_size]
+    logits: list[Float32Array] = field(default_factory=list)  # of each output token, [vocab_size]
 
 
 class Story:
     """Drives one engine through plans, as the planner would."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.engine = RecordingEngine(config)
+    untold: ClassVar[list["Story"]] = []  # whose engines may not be closed
+
+    def __init__(self, kind: Kind, config: EngineConfig, library: Library | None = None) -> None:
+        self.engine = make_recording_engine(kind, config, library)
+        Story.untold.append(self)
         self.info: EngineInfo = self.engine.load(lambda _stage, _progress: None)
         self.engine.join(next(_meetings))
         self.engine.allocate(32)
@@ -110,7 +126,7 @@ class Story:
         batch = self.state.apply(plan)
         output = self.engine.launch(batch).resolve()
         assert output.token_ids.dtype == np.int32
-        for slot, token, logits in zip(batch.sample_slots, output.token_ids, self.engine.logits[-1], strict=True):
+        for slot, token, logits in zip(batch.sample_slots, output.token_ids, self.engine.recorded[-1], strict=True):
             self.sequences[int(slot)].output.append(int(token))
             self.sequences[int(slot)].logits.append(logits)
         return output.times
@@ -120,9 +136,13 @@ class Story:
         return int(self.state.num_computed_tokens[slot]) == int(self.state.num_blocks[slot]) * BLOCK_SIZE
 
 
-def tell(config: EngineConfig) -> Story:
-    """Three sequences: one prefilled in chunks while others decode, one sampled at a temperature. Closes the engine."""
-    story = Story(config)
+def tell(kind: Kind, config: EngineConfig, library: Library | None = None) -> Story:
+    """Three sequences: one prefilled in chunks while others decode, one sampled at a temperature. Closes the engine.
+
+    Args:
+        library: other kernels for the compiled engine than the machine's best.
+    """
+    story = Story(kind, config, library)
     sampled = plan_pb2.Sampling(
         temperature=0.8, top_p=0.95, top_k=40, seed=11, min_tokens=3, suppressed_token_ids=pack_int32([2])
     )

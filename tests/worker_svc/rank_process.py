@@ -2,22 +2,24 @@
 
 Tells the story of each checkpoint and writes what came of it, in files under OUTPUT_DIR/TP_SIZE.
 
-Usage: rank_process.py RANK OUTPUT_DIR CHECKPOINT...
+Usage: rank_process.py KIND RANK OUTPUT_DIR CHECKPOINT...
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
-import torch
-from engine_story import engine_config, tell
-from safetensors.torch import save_file
-
-from worker_svc.torch_engine.collectives import Rendezvous
+import numpy as np
+from engine_story import Kind, engine_config, tell
 
 
 def check_collectives(rank: int, size: int, run_dir: Path) -> dict[str, list[list[float]]]:
-    """Sums and joins whose results tell which rank contributed what."""
+    """Sums and joins of the eager engine, whose results tell which rank contributed what."""
+    import torch
+
+    from worker_svc.torch_engine.collectives import Rendezvous
+
     rendezvous = Rendezvous(rank, size, run_dir, torch.device("cpu"))
     group = rendezvous.join(1)
     total = torch.full((2, 3), 10.0**rank)
@@ -32,23 +34,25 @@ def check_collectives(rank: int, size: int, run_dir: Path) -> dict[str, list[lis
     return {"total": total.tolist(), "half": half.tolist(), "joined": joined.tolist()}
 
 
-def run_group(rank: int, size: int, run_dir: Path, checkpoints: list[Path]) -> None:
-    (run_dir / f"collectives-{rank}.json").write_text(json.dumps(check_collectives(rank, size, run_dir)))
+def run_group(kind: Kind, rank: int, size: int, run_dir: Path, checkpoints: list[Path]) -> None:
+    if kind == "eager":
+        (run_dir / f"collectives-{rank}.json").write_text(json.dumps(check_collectives(rank, size, run_dir)))
     for checkpoint in checkpoints:
         # All groups meet in one directory, as the restarts of a group do.
-        story = tell(engine_config(checkpoint, run_dir, rank, size))
+        story = tell(kind, engine_config(checkpoint, run_dir, rank, size))
         outputs = {slot: sequence.output for slot, sequence in story.sequences.items()}
         (run_dir / f"{checkpoint.name}-{rank}.json").write_text(json.dumps(outputs))
         if rank == 0:
-            logits = {str(slot): torch.stack(sequence.logits) for slot, sequence in story.sequences.items()}
-            save_file(logits, run_dir / f"{checkpoint.name}.safetensors")
+            logits = {str(slot): np.stack(sequence.logits) for slot, sequence in story.sequences.items()}
+            np.savez(run_dir / f"{checkpoint.name}.npz", **logits)
 
 
 def main() -> None:
-    rank, output = int(sys.argv[1]), Path(sys.argv[2])
+    kind, rank, output = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    assert kind in get_args(Kind)
     for size in (4, 2):
         if rank < size:
-            run_group(rank, size, output / str(size), [Path(name) for name in sys.argv[3:]])
+            run_group(kind, rank, size, output / str(size), [Path(name) for name in sys.argv[4:]])
 
 
 if __name__ == "__main__":

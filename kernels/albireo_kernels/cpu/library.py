@@ -1,0 +1,330 @@
+"""The compiled kernels as Python sees them: the mirror of src/albireo_cpu.h, and typed calls of its functions."""
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, Union, byref, c_float, c_int, c_int32, c_int64, c_uint64, c_void_p
+from enum import IntEnum
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from albireo_kernels.cpu.build import Isa, NoCompilerError, Progress, detect_isa, library_path
+
+ABI = 1
+PANEL = 16  # outputs of a panel
+BLOCK = 32  # tokens of a KV block
+MAX_RANKS = 64
+
+
+class Dtype(IntEnum):
+    FLOAT32 = 0
+    BFLOAT16 = 1
+    INT8 = 2
+    FLOAT16 = 3
+
+    @property
+    def numpy(self) -> np.dtype[np.generic]:
+        return _NUMPY_DTYPES[self]
+
+    @classmethod
+    def of(cls, array: npt.NDArray[np.generic]) -> "Dtype":
+        """The type of an array's elements; uint16 stands for bfloat16.
+
+        Raises:
+            TypeError: kernels do not know the type.
+        """
+        if array.dtype == np.uint16:
+            return cls.BFLOAT16
+        for dtype, of_numpy in _NUMPY_DTYPES.items():
+            if array.dtype == of_numpy:
+                return dtype
+        raise TypeError(f"kernels have no type {array.dtype}")
+
+
+_NUMPY_DTYPES: dict[Dtype, np.dtype[np.generic]] = {
+    Dtype.FLOAT32: np.dtype(np.float32),
+    Dtype.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    Dtype.INT8: np.dtype(np.int8),
+    Dtype.FLOAT16: np.dtype(np.float16),
+}
+
+
+class Status(IntEnum):
+    OK = 0
+    PENDING = 1
+    ABORTED = 2
+
+
+class Extent(IntEnum):
+    EACH_TOKEN = 0
+    EACH_SAMPLE = 1
+
+
+class OpKind(IntEnum):
+    EMBED = 0
+    ADD_NORM = 1
+    GEMM = 2
+    ROPE = 3
+    ATTENTION = 4
+    QUANTIZE = 5
+    SAMPLE = 6
+
+
+class Epilogue(IntEnum):
+    STORE = 0
+    ADD = 1
+    SILU_MUL = 2
+
+
+class MatrixStruct(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("sums", c_void_p),
+        ("dtype", c_int32),
+        ("num_out", c_int32),
+        ("num_in", c_int32),
+        ("padded_in", c_int32),
+    )
+
+
+class RowsStruct(Structure):
+    _fields_ = (
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("stride", c_int64),
+        ("dtype", c_int32),
+        ("size", c_int32),
+    )
+
+
+class StepStruct(Structure):
+    _fields_ = (
+        ("num_tokens", c_int32),
+        ("num_rows", c_int32),
+        ("num_samples", c_int32),
+        ("block_table_stride", c_int32),
+        ("token_ids", c_void_p),
+        ("from_last_token", c_void_p),
+        ("token_slots", c_void_p),
+        ("positions", c_void_p),
+        ("slot_mapping", c_void_p),
+        ("query_starts", c_void_p),
+        ("context_lens", c_void_p),
+        ("block_tables", c_void_p),
+        ("sample_rows", c_void_p),
+        ("sample_slots", c_void_p),
+        ("temperature", c_void_p),
+        ("top_p", c_void_p),
+        ("top_k", c_void_p),
+        ("noise_keys", c_void_p),
+        ("suppressed_starts", c_void_p),
+        ("suppressed_ids", c_void_p),
+        ("tokens", c_void_p),
+        ("last_tokens", c_void_p),
+        ("start_at_ns", c_int64),
+        ("forward_end_at_ns", c_int64),
+        ("end_at_ns", c_int64),
+        ("collective_ns", c_int64),
+        ("status", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class EmbedStruct(Structure):
+    _fields_ = (("table", MatrixStruct), ("first_id", c_int32), ("reserved", c_int32), ("out", RowsStruct))
+
+
+class AddNormStruct(Structure):
+    _fields_ = (
+        ("residual", RowsStruct),
+        ("partials", c_void_p * MAX_RANKS),
+        ("num_partials", c_int32),
+        ("sets_residual", c_int32),
+        ("partial_stride", c_int64),
+        ("weight", c_void_p),
+        ("eps", c_float),
+        ("rounds", c_int32),
+        ("out", RowsStruct),
+    )
+
+
+class GemmStruct(Structure):
+    _fields_ = (
+        ("x", RowsStruct),
+        ("weight", MatrixStruct),
+        ("bias", c_void_p),
+        ("out", RowsStruct),
+        ("epilogue", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class RopeStruct(Structure):
+    _fields_ = (
+        ("qkv", RowsStruct),
+        ("q", RowsStruct),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("kv_dtype", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("eps", c_float),
+        ("rounds", c_int32),
+    )
+
+
+class AttentionStruct(Structure):
+    _fields_ = (
+        ("q", RowsStruct),
+        ("out", RowsStruct),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("kv_dtype", c_int32),
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("sliding_window", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class QuantizeStruct(Structure):
+    _fields_ = (("x", RowsStruct), ("out", RowsStruct))
+
+
+class SampleStruct(Structure):
+    _fields_ = (
+        ("logits", c_void_p),
+        ("tokens", c_void_p),
+        ("scratch", c_void_p),
+        ("scratch_bytes", c_int64),
+        ("logits_stride", c_int64),
+        ("vocab_size", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class OpUnion(Union):
+    _fields_ = (
+        ("embed", EmbedStruct),
+        ("add_norm", AddNormStruct),
+        ("gemm", GemmStruct),
+        ("rope", RopeStruct),
+        ("attention", AttentionStruct),
+        ("quantize", QuantizeStruct),
+        ("sample", SampleStruct),
+    )
+
+
+class OpStruct(Structure):
+    _fields_ = (("kind", c_int32), ("extent", c_int32), ("of", OpUnion))
+
+
+class ProgramStruct(Structure):
+    _fields_ = (("ops", POINTER(OpStruct)), ("num_ops", c_int32), ("reserved", c_int32))
+
+
+# Results and arguments of each function.
+_SIGNATURES: dict[str, tuple[type | None, tuple[type, ...]]] = {
+    "albireo_abi": (c_int, (POINTER(c_int64),)),
+    "albireo_isa": (c_int, ()),
+    "albireo_allow_isa": (c_int, ()),
+    "albireo_input_dtype": (c_int, (c_int,)),
+    "albireo_matrix_bytes": (c_int64, (c_int, c_int32, c_int32, POINTER(c_int32))),
+    "albireo_pack": (None, (POINTER(MatrixStruct), c_void_p, c_int, c_int64, c_int32, c_int32, c_int32)),
+    "albireo_unpack": (None, (POINTER(MatrixStruct), c_void_p, c_int64)),
+    "albireo_sample_scratch_bytes": (c_int64, (c_int32,)),
+    "albireo_device_open": (c_void_p, (POINTER(c_int32), c_int32)),
+    "albireo_device_close": (None, (c_void_p,)),
+    "albireo_group_bytes": (c_int64, ()),
+    "albireo_join": (c_int, (c_void_p, c_void_p, c_int32, c_int32, c_int64)),
+    "albireo_leave": (None, (c_void_p,)),
+    "albireo_submit": (
+        None,
+        (c_void_p, POINTER(ProgramStruct), POINTER(ProgramStruct), POINTER(StepStruct)),
+    ),
+    "albireo_wait": (c_int, (c_void_p, POINTER(StepStruct), c_int64)),
+    "albireo_abort": (None, (c_void_p,)),
+    "albireo_read_memory": (c_uint64, (c_void_p, c_int64)),
+    "albireo_multiply_in_cache": (c_int64, (c_int, c_int64)),
+}
+
+
+class Library:
+    """The kernels of one instruction set. Calls release the interpreter lock.
+
+    Attributes:
+        c: the C functions, with their types.
+        isa: what it was built for.
+        path: where it lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises NoCompilerError where the library is of another interface than this module."""
+        self.path = path
+        self.c = ctypes.CDLL(str(path))
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(self.c, name)
+            function.restype, function.argtypes = result, arguments
+        self._check_abi()
+        self.isa = Isa(self.c.albireo_isa())
+
+    def allow(self) -> bool:
+        """Asks the system for what the instruction set needs; whether it agrees."""
+        return bool(self.c.albireo_allow_isa())
+
+    def input_dtype(self, weight_dtype: Dtype) -> Dtype:
+        """The type of activations that a product with such weights reads."""
+        return Dtype(self.c.albireo_input_dtype(weight_dtype))
+
+    def matrix_bytes(self, dtype: Dtype, num_out: int, num_in: int) -> tuple[int, int]:
+        """Bytes of a packed matrix, and its padded_in."""
+        padded_in = c_int32()
+        num_bytes = self.c.albireo_matrix_bytes(dtype, num_out, num_in, byref(padded_in))
+        return int(num_bytes), padded_in.value
+
+    def sample_scratch_bytes(self, vocab_size: int) -> int:
+        """Scratch memory of one thread."""
+        return int(self.c.albireo_sample_scratch_bytes(vocab_size))
+
+    def group_bytes(self) -> int:
+        """Bytes of the memory that ranks meet in."""
+        return int(self.c.albireo_group_bytes())
+
+    def _check_abi(self) -> None:
+        structs: list[type[Structure]] = [MatrixStruct, RowsStruct, StepStruct, OpStruct, ProgramStruct]
+        expected = [ctypes.sizeof(struct) for struct in structs]
+        sizes = (c_int64 * len(expected))()
+        version = self.c.albireo_abi(sizes)
+        if version != ABI or list(sizes) != expected:
+            raise NoCompilerError(f"{self.path} has interface {version} {list(sizes)}, not {ABI} {expected}")
+
+
+def load_library(isa: Isa | None = None, *, emulate: bool = False, report: Progress | None = None) -> Library:
+    """The kernels of an instruction set, by default the machine's highest; compiled if need be.
+
+    Where the system refuses AMX, they are those of AVX-512.
+
+    Args:
+        emulate, report: as of `build.library_path`.
+    Raises:
+        NoCompilerError: they cannot be compiled.
+    """
+    wanted = detect_isa() if isa is None else isa
+    library = _open(library_path(wanted, emulate=emulate, report=report))
+    if wanted is Isa.AMX and not library.allow():
+        return load_library(Isa.AVX512, emulate=emulate, report=report)
+    return library
+
+
+@functools.cache
+def _open(path: Path) -> Library:
+    return Library(path)

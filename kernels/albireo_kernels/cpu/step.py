@@ -1,0 +1,125 @@
+"""What one replay of a program works on: the inputs of a step, as arrays that are read in place."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from albireo.arrays import Float32Array, Int32Array, Int64Array, UInt64Array
+from albireo_kernels.cpu.buffers import AnyArray, address
+from albireo_kernels.cpu.library import Status, StepStruct
+
+
+class StepData:
+    """What one replay works on, and what became of it; made by `make_step`.
+
+    Attributes:
+        tokens: [S], valid once the step is complete.
+    """
+
+    def __init__(self, c: StepStruct, tokens: Int32Array, inputs: tuple[AnyArray, ...]) -> None:
+        self.c, self.tokens = c, tokens
+        self._inputs = inputs
+
+    @property
+    def status(self) -> Status:
+        return Status(self.c.status)
+
+    @property
+    def forward_ns(self) -> int:
+        """Time from the step's begin to the end of its forward program."""
+        return int(self.c.forward_end_at_ns - self.c.start_at_ns)
+
+    @property
+    def collective_ns(self) -> int:
+        """Time spent in waits for other ranks."""
+        return int(self.c.collective_ns)
+
+
+def make_step(
+    *,
+    token_ids: Int32Array,
+    from_last_token: npt.NDArray[np.bool_],
+    token_slots: Int32Array,
+    positions: Int64Array,
+    slot_mapping: Int64Array,
+    query_starts: Int64Array,
+    context_lens: Int32Array,
+    block_tables: Int32Array,
+    sample_rows: Int64Array,
+    sample_slots: Int32Array,
+    temperature: Float32Array,
+    top_p: Float32Array,
+    top_k: Int32Array,
+    noise_keys: UInt64Array,
+    suppressed_starts: Int64Array,
+    suppressed_ids: Int32Array,
+    last_tokens: Int32Array,
+    tokens: Int32Array | None = None,
+) -> StepData:
+    """The data of a step; the arrays are read while it runs, not copied.
+
+    Args:
+        token_ids: [N], undefined where from_last_token: there it is the last token of the slot.
+        from_last_token, token_slots, positions: [N].
+        slot_mapping: [N], block * 32 + offset, where a token's key and value go.
+        query_starts: [R + 1], where each row's tokens begin.
+        context_lens: [R].
+        block_tables: [R, widest], rows of any stride.
+        sample_rows: [S], ascending.
+        sample_slots, temperature, top_p, top_k: [S].
+        noise_keys: [S], k0 in the low half, k1 in the high one.
+        suppressed_starts: [S + 1], where each row's ids begin in ``suppressed_ids``.
+        last_tokens: [slots]; written.
+        tokens: [S], where the sampled tokens go; by default an array of the step's own.
+    Raises:
+        ValueError: an array has another type or shape, or does not lie in one piece.
+    """
+    num_tokens, num_rows, num_samples = len(token_ids), len(context_lens), len(sample_rows)
+    if tokens is None:
+        tokens = np.zeros(num_samples, dtype=np.int32)
+    _check_vectors(num_tokens, _PER_TOKEN, token_ids, from_last_token, token_slots, positions, slot_mapping)
+    _check_vectors(num_rows, _PER_ROW, context_lens)
+    _check_vectors(num_rows + 1, _STARTS, query_starts)
+    _check_vectors(num_samples, _PER_SAMPLE, sample_rows, sample_slots, temperature, top_p, top_k, noise_keys, tokens)
+    _check_vectors(num_samples + 1, _STARTS, suppressed_starts)
+    _check_vectors(len(suppressed_ids), _PER_ROW, suppressed_ids)
+    _check_vectors(len(last_tokens), _PER_ROW, last_tokens)
+    if block_tables.dtype != np.int32 or len(block_tables) != num_rows or block_tables.strides[1] != 4:
+        raise ValueError(f"block_tables: {block_tables.dtype} {block_tables.shape}, strides {block_tables.strides}")
+    arrays = (
+        token_ids,
+        from_last_token,
+        token_slots,
+        positions,
+        slot_mapping,
+        query_starts,
+        context_lens,
+        block_tables,
+        sample_rows,
+        sample_slots,
+        temperature,
+        top_p,
+        top_k,
+        noise_keys,
+        suppressed_starts,
+        suppressed_ids,
+        tokens,
+        last_tokens,
+    )
+    stride = block_tables.strides[0] // 4
+    return StepData(StepStruct(num_tokens, num_rows, num_samples, stride, *map(address, arrays)), tokens, arrays)
+
+
+_Types = tuple[type[Any], ...]
+_PER_TOKEN: _Types = (np.int32, np.bool_, np.int32, np.int64, np.int64)
+_PER_ROW: _Types = (np.int32,)
+_STARTS: _Types = (np.int64,)
+_PER_SAMPLE: _Types = (np.int64, np.int32, np.float32, np.float32, np.int32, np.uint64, np.int32)
+
+
+def _check_vectors(size: int, dtypes: _Types, *arrays: AnyArray) -> None:
+    for index, (array, dtype) in enumerate(zip(arrays, dtypes, strict=True)):
+        if array.dtype != dtype or array.shape != (size,) or not array.flags.c_contiguous:
+            wanted = f"{np.dtype(dtype)} [{size}] in one piece"
+            raise ValueError(f"array {index} is {array.dtype} {array.shape}, where {wanted} is needed")
