@@ -25,7 +25,8 @@ PARTS: dict[str, dict[str, str]] = {
         for batch in (64, 256)
     },
     "torch": {
-        f"torch-t{tp}-b16": f"--engine torch --tp {tp} --batch 16 --depth 1,2 --steps 300 --reps 3 --no-shortest"
+        f"{engine}-t{tp}-b16": f"--engine {engine} --tp {tp} --batch 16 --depth 1,2 --steps 300 --reps 3 --no-shortest"
+        for engine in ("torch", "eager")
         for tp in (1, 2)
     },
 }

@@ -67,7 +67,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--steps", type=int, default=2000, metavar="N", help="of a window; default: %(default)s")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="medians are over these; default: %(default)s")
-    parser.add_argument("--engine", choices=("stub", "torch"), default="stub", help="default: %(default)s")
+    parser.add_argument("--engine", choices=("stub", "torch", "eager"), default="stub", help="default: %(default)s")
     parser.add_argument("--model", default="demo", help="directory, Hub id or 'demo'; default: %(default)s")
     parser.add_argument("--stub-device", metavar="NAME", help="steps as long as on this device, not --step-ms")
     parser.add_argument("--stub-model", metavar="NAME", help="... with a model of this size")

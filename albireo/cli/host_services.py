@@ -203,7 +203,7 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
 
 def _worker_argv(setting: Setting, path: Path, group_dir: Path) -> list[str]:
     flags: dict[str, object] = {
-        "engine": setting.engine,
+        "engine": "torch" if setting.engine == "eager" else setting.engine,
         "model": setting.model,
         "tp": setting.tp,
         "listen": _socket(path, "group"),
@@ -217,7 +217,8 @@ def _worker_argv(setting: Setting, path: Path, group_dir: Path) -> list[str]:
         flags |= {"stub_step_ms": setting.step_ms} if setting.step_ms else {}
         flags |= {"stub_device": setting.stub_device} if setting.stub_device else {}
         flags |= {"stub_model": setting.stub_model} if setting.stub_model else {}
-    return [*python_module("worker_svc"), *_flags(**flags)]
+    eager = ["--eager"] if setting.engine == "eager" else []
+    return [*python_module("worker_svc"), *_flags(**flags), *eager]
 
 
 def _load_argv(setting: Setting, path: Path) -> list[str]:

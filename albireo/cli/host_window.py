@@ -83,7 +83,7 @@ def figures(
         raise GroupError("no step was done within the window")
     planner = planner.select(done)
     first, last = int(planner["step_id"][0]), int(planner["step_id"][-1])
-    ranks = analyse(pages, first, last, prepares_in_launch=engine != "stub")
+    ranks = analyse(pages, first, last, prepares_in_launch=engine == "eager")
     # A step waits for the rank that is last.
     worst = max(ranks, key=lambda rank: rank.idle_fraction)
     num_steps = (end_ns - begin_ns) / 1e3 / worst.step_us

@@ -1,6 +1,7 @@
 """What quantisation costs in quality: ``python -m worker_svc.cpu_engine.quality MODEL --text FILE``.
 
-The text goes through the model twice, with the weights as they are and quantised, in windows whose tokens are all scored.
+The text goes through the model twice, with the weights as they are and quantised, window by window. Every token of a
+window is scored.
 """
 
 import argparse

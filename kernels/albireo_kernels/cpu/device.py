@@ -65,8 +65,9 @@ class Device:
 
     def leave(self) -> None:
         """Leaves the group; steps that still wait are aborted. Returns when the device is idle."""
-        self._c.albireo_leave(self._handle)
-        self._submitted.clear()
+        if self._handle is not None:
+            self._c.albireo_leave(self._handle)
+            self._submitted.clear()
 
     def submit(self, forward: Program, sample: Program, step: StepData) -> None:
         """Queues a step; never waits. The device holds on to what the step needs until a `wait` has seen its end."""
@@ -135,7 +136,12 @@ class GroupMemory:
     @classmethod
     def open(cls, path: str, size: int) -> Self:
         """Memory that another process has made. Raises OSError when it is gone, ValueError when it is smaller."""
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), size)
+        file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return cls(file, size)
+        except BaseException:
+            os.close(file)
+            raise
 
     def close(self) -> None:
         """Gives up the file; the memory stays until its last array is gone."""

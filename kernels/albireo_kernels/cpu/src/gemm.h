@@ -109,9 +109,10 @@ inline void gemm_of(const AlbireoGemm &op, int64_t num_rows, Worker &worker) {
   configure_tiles();
 #endif
   const int64_t count = num_panels(op.weight.num_out), width = op.epilogue == ALBIREO_SILU_MUL ? 2 : 1;
-  // As many panels as a core's cache holds, but few enough that all threads end at about the same time.
-  const int64_t fitting = kBytesAtOnce / panel_bytes(kDtype, op.weight.num_in);
-  const int64_t fair = worker.num_threads == 1 ? count : count / (4 * worker.num_threads);
+  // Many rows come back to the panels: then no more than a core's cache holds. Few rows stream them once, and each new
+  // start costs; but all threads shall end at about the same time.
+  const int64_t fair = worker.num_threads == 1 ? count : count / (8 * worker.num_threads);
+  const int64_t fitting = num_rows > kRowsAtOnce ? kBytesAtOnce / panel_bytes(kDtype, op.weight.num_in) : count;
   const int64_t at_once = std::max<int64_t>(1, std::min(fitting, fair) / width) * width;
   for (int64_t first; (first = worker.take(at_once)) < count;) {
     const int64_t last = std::min(first + at_once, count);

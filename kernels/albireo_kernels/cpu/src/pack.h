@@ -31,11 +31,14 @@ inline int64_t place_in_panel(int dtype, int lane, int64_t input) {
   return input / group * kGroupBytes + lane * 4 + input % group * bytes;
 }
 
+// A float16 has 5 bits of exponent and 10 of fraction. Moved to a float's places they mean 2^-112 of the number, also where
+// it is subnormal.
 inline float half_to_float(uint16_t half) {
-  const int exponent = half >> 10 & 31, fraction = half & 1023;
-  float magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                    : exponent     ? std::ldexp((float)(fraction | 1024), exponent - 25)
-                                   : std::ldexp((float)fraction, -24);
+  const uint32_t moved = (uint32_t)(half & 0x7FFF) << 13;
+  float magnitude;
+  std::memcpy(&magnitude, &moved, 4);
+  magnitude *= 0x1p112f;
+  if ((half & 0x7C00) == 0x7C00) magnitude = half & 0x3FF ? NAN : INFINITY;
   return half & 0x8000 ? -magnitude : magnitude;
 }
 

@@ -136,22 +136,31 @@ template <int kDtype, int kRows>
                           const int32_t *sums, typename Types<kDtype>::Sum *out, int64_t out_stride, bool adds) {
   using Vector = SumVector<kDtype>;
   using Lane = Lanes<kDtype>;
-  Vector total[kRows][kVectors];
-  for (int row = 0; row < kRows; row++) {
-    for (int v = 0; v < kVectors; v++) total[row][v] = adds ? load<Vector>(out + row * out_stride + v * kWidth) : Vector{};
+  // Few rows: each part of a group gets sums of its own, because two additions in a row to the same one have to wait.
+  constexpr int kSums = kRows * kVectors * Lane::kParts <= 12 ? Lane::kParts : 1;
+  Vector part_sums[kSums][kRows][kVectors] = {};
+  for (int row = 0; adds && row < kRows; row++) {
+    for (int v = 0; v < kVectors; v++) part_sums[0][row][v] = load<Vector>(out + row * out_stride + v * kWidth);
   }
   for (int64_t group = 0; group < num_groups; group++, panel += kGroupBytes, x += Types<kDtype>::kGroup) {
     __builtin_prefetch(panel + kPrefetchBytes);
 #pragma GCC unroll 2
     for (int part = 0; part < Lane::kParts; part++) {
+      auto &sum = part_sums[part % kSums];
       // The order matters: an activation is used for both vectors at once and then forgotten, so that all sums fit.
       const Lane first(panel, part), last(panel + kGroupBytes - kWidth * 4, part);
 #pragma GCC unroll 12
       for (int row = 0; row < kRows; row++) {
         const auto broadcast = Lane::broadcast(x + row * stride, part);
-        total[row][0] = first.add(total[row][0], broadcast);
-        if constexpr (kVectors == 2) total[row][1] = last.add(total[row][1], broadcast);
+        sum[row][0] = first.add(sum[row][0], broadcast);
+        if constexpr (kVectors == 2) sum[row][1] = last.add(sum[row][1], broadcast);
       }
+    }
+  }
+  auto &total = part_sums[0];
+  for (int part = 1; part < kSums; part++) {
+    for (int row = 0; row < kRows; row++) {
+      for (int v = 0; v < kVectors; v++) total[row][v] += part_sums[part][row][v];
     }
   }
   if constexpr (kDtype == ALBIREO_INT8) {
@@ -166,21 +175,32 @@ template <int kDtype, int kRows>
   }
 }
 
+// How many of the rows that are left to take at once: one or two in the end would leave the multipliers waiting for each
+// other. Where a group has parts, three rows are as good as many; else even parts are best.
+template <int kDtype>
+inline int rows_at_once(int num_left) {
+  constexpr int kMost = kMaxRows<kDtype>;
+  if (num_left <= kMost) return num_left;
+  if (Lanes<kDtype>::kParts == 1) {
+    const int parts = (num_left + kMost - 1) / kMost;
+    return (num_left + parts - 1) / parts;
+  }
+  return num_left - kMost < 3 ? num_left - 3 : kMost;
+}
+
 // All rows against some groups of a panel, a few rows at a time.
 template <int kDtype>
 inline void multiply_groups(const typename Types<kDtype>::X *x, int64_t stride, int num_rows, const char *panel,
                             int64_t num_groups, const int32_t *sums, typename Types<kDtype>::Sum *out,
                             int64_t out_stride, bool adds) {
-  constexpr int kMost = kMaxRows<kDtype>;
-  // Even parts: one row after six would leave the multipliers waiting for each other.
-  for (int parts = (num_rows + kMost - 1) / kMost; parts > 0; parts--) {
-    const int rows = (num_rows + parts - 1) / parts;
+  while (num_rows > 0) {
+    const int rows = rows_at_once<kDtype>(num_rows);
     const auto run = [&]<int... kIndex>(std::integer_sequence<int, kIndex...>) {
       ((rows == kIndex + 1 &&
         (multiply_rows<kDtype, kIndex + 1>(x, stride, panel, num_groups, sums, out, out_stride, adds), true)) ||
        ...);
     };
-    run(std::make_integer_sequence<int, kMost>());
+    run(std::make_integer_sequence<int, kMaxRows<kDtype>>());
     x += rows * stride;
     out += rows * out_stride;
     num_rows -= rows;

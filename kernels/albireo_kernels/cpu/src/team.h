@@ -38,7 +38,7 @@ inline void sleep_while(const void *word, uint32_t value, int64_t timeout_ns) {
 
 inline void wake_all(const void *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
 
-inline constexpr int64_t kSpinNs = 30'000;
+inline constexpr int64_t kSpinNs = 200'000;
 inline constexpr int64_t kSleepNs = 20'000'000;  // between looks at whether to give up
 inline constexpr int64_t kForever = INT64_MAX;
 
