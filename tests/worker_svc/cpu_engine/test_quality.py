@@ -1,4 +1,4 @@
-"""What 8-bit weights and activations cost, on text that the demo model was not trained on; that the measure is right."""
+"""What 8-bit weights and activations cost on text that the demo model was not trained on; the measure is right."""
 
 import sysconfig
 from pathlib import Path
