@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from albireo.arrays import Float32Array
+from albireo.errors import ConfigError
 from albireo.model_spec import ModelSpec, load_model_spec
-from albireo_kernels.cpu import UNPINNED, Device, Dtype, KvBlocks, Library, allocate
+from albireo_kernels.cpu import MAX_GROUP, MAX_HEAD_DIM, UNPINNED, Device, Dtype, KvBlocks, Library, allocate
 from worker_svc.batch import InputBatch
 from worker_svc.cpu_engine.activations import Activations, make_activations
 from worker_svc.cpu_engine.capture import Model, Programs, capture
@@ -60,6 +61,7 @@ class CpuEngine:
         config, library = self._config, self._library
         spec = load_model_spec(config.model_path)
         shard = shard_model(spec, config.rank, config.tp_size)
+        _check_heads(spec)
         max_model_len, dtype_name = config.length_for(spec), config.dtype_for(spec)
         dtype = _DTYPES[dtype_name]
         linear_dtype = Dtype.INT8 if config.quantize == "w8a8" else dtype
@@ -158,6 +160,16 @@ class CpuEngine:
             max_num_seqs=config.max_num_seqs,
             hidden_size=spec.hidden_size,
             vocab_size=spec.vocab_size,
+        )
+
+
+def _check_heads(spec: ModelSpec) -> None:
+    """Raises ConfigError for attention that the kernels have no room for."""
+    group = spec.num_heads // spec.num_kv_heads
+    if group > MAX_GROUP or spec.head_dim > MAX_HEAD_DIM:
+        raise ConfigError(
+            f"{spec.name}: {group} query heads of {spec.head_dim} elements read one KV head; compiled kernels have room "
+            f"for {MAX_GROUP} of {MAX_HEAD_DIM}: use --eager"
         )
 
 

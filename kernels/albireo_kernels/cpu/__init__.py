@@ -9,6 +9,8 @@ from albireo_kernels.cpu.build import Isa, NoCompilerError, detect_isa, library_
 from albireo_kernels.cpu.device import UNPINNED, Device, GroupMemory
 from albireo_kernels.cpu.library import BLOCK, PANEL, Dtype, Epilogue, Extent, Library, Status, load_library
 from albireo_kernels.cpu.program import (
+    MAX_GROUP,
+    MAX_HEAD_DIM,
     Op,
     Program,
     add_norm,
@@ -24,6 +26,8 @@ from albireo_kernels.cpu.step import StepData, make_step
 
 __all__ = [
     "BLOCK",
+    "MAX_GROUP",
+    "MAX_HEAD_DIM",
     "PANEL",
     "UNPINNED",
     "Device",

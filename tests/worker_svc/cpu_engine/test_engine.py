@@ -212,6 +212,16 @@ def test_unknown_models_end_the_start(library: Library, tmp_path: Path) -> None:
         CpuEngine(engine_config(tmp_path, tmp_path), library).load(lambda _stage, _progress: None)
 
 
+def test_heads_that_the_kernels_have_no_room_for_end_the_start(
+    library: Library, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker_svc.cpu_engine.engine.MAX_HEAD_DIM", 8)
+    engine = CpuEngine(engine_config(checkpoint, tmp_path), library)
+    with pytest.raises(ConfigError, match="room for 32 of 8: use --eager"):
+        engine.load(lambda _stage, _progress: None)
+    engine.close()
+
+
 def test_ranks_share_the_cores() -> None:
     assert [cores_of_rank([0, 1], rank, 2) for rank in range(2)] == [[0], [1]]
     assert cores_of_rank([3, 5, 9], 0, 1) == [3, 5, 9]
