@@ -168,8 +168,8 @@ def _check_heads(spec: ModelSpec) -> None:
     group = spec.num_heads // spec.num_kv_heads
     if group > MAX_GROUP or spec.head_dim > MAX_HEAD_DIM:
         raise ConfigError(
-            f"{spec.name}: {group} query heads of {spec.head_dim} elements read one KV head; compiled kernels have room "
-            f"for {MAX_GROUP} of {MAX_HEAD_DIM}: use --eager"
+            f"{spec.name}: {group} query heads of {spec.head_dim} elements read one KV head; compiled kernels have "
+            f"room for {MAX_GROUP} of {MAX_HEAD_DIM}: use --eager"
         )
 
 
