@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import Int32Array, Int64Array, UInt64Array
+from albireo.arrays import Int32Array, Int64Array
 from albireo_kernels.cpu import Device, Status, StepData, make_step
+from albireo_kernels.noise import row_keys
 from worker_svc.batch import InputBatch
 from worker_svc.engine import StepOutput, StepTimes
 from worker_svc.row_sampling import RowSampling
 
 _LOOK_AGAIN_S = 60.0
-_NO_TABLES = np.zeros((1, 1), dtype=np.int32)[:0]  # numpy gives arrays that it makes empty no strides
 
 
 def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
@@ -32,13 +32,13 @@ def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
         slot_mapping=batch.slot_mapping,
         query_starts=batch.query_starts,
         context_lens=batch.context_lens,
-        block_tables=batch.block_tables if len(batch.slots) else _NO_TABLES,
+        block_tables=batch.block_tables,
         sample_rows=batch.sample_rows,
         sample_slots=batch.sample_slots,
         temperature=np.ascontiguousarray(sampling.temperature),
         top_p=np.ascontiguousarray(sampling.top_p),
         top_k=np.ascontiguousarray(sampling.top_k),
-        noise_keys=noise_keys(sampling.seed, batch.output_positions) if draws else np.zeros(num_samples, np.uint64),
+        noise_keys=row_keys(sampling.seed, batch.output_positions) if draws else np.zeros(num_samples, np.uint64),
         suppressed_starts=suppressed_starts,
         suppressed_ids=suppressed_ids,
         last_tokens=last_tokens,
@@ -66,23 +66,6 @@ class CpuStep:
             collective_ns=step.collective_ns,
         )
         return StepOutput(self.data.tokens, times)
-
-
-def noise_keys(seeds: UInt64Array, positions: Int64Array) -> UInt64Array:
-    """[S], the keys of the rows' noise, as `albireo_kernels.reference.sampling` defines them."""
-    return _splitmix64(_splitmix64(seeds) + positions.view(np.uint64))
-
-
-_INCREMENT, _FIRST_FACTOR, _SECOND_FACTOR, *_SHIFTS = map(
-    np.uint64, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 30, 27, 31)
-)
-
-
-def _splitmix64(x: UInt64Array) -> UInt64Array:
-    x = x + _INCREMENT
-    x = (x ^ (x >> _SHIFTS[0])) * _FIRST_FACTOR
-    x = (x ^ (x >> _SHIFTS[1])) * _SECOND_FACTOR
-    return x ^ (x >> _SHIFTS[2])
 
 
 def _suppressed(sampling: RowSampling, num_samples: int) -> tuple[Int64Array, Int32Array]:

@@ -85,7 +85,8 @@ def make_step(
     _check_vectors(num_samples + 1, _STARTS, suppressed_starts)
     _check_vectors(len(suppressed_ids), _PER_ROW, suppressed_ids)
     _check_vectors(len(last_tokens), _PER_ROW, last_tokens)
-    if block_tables.dtype != np.int32 or len(block_tables) != num_rows or block_tables.strides[1] != 4:
+    has_dense_rows = block_tables.size == 0 or block_tables.strides[1] == 4  # empty arrays may have no strides
+    if block_tables.dtype != np.int32 or len(block_tables) != num_rows or not has_dense_rows:
         raise ValueError(f"block_tables: {block_tables.dtype} {block_tables.shape}, strides {block_tables.strides}")
     arrays = (
         token_ids,

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from albireo.arrays import Int64Array, UInt64Array
+from albireo_kernels.noise import row_keys
 
 # Below this temperature a row is greedy: logits / temperature would leave float32's range, and noise decides nothing.
 MIN_TEMPERATURE = 1e-5
@@ -47,7 +48,7 @@ def noise_keys(seeds: UInt64Array, positions: Int64Array) -> tuple[Int64Array, I
     Returns:
         k0, k1: [num_rows] int64, in 0 .. 2^32 - 1.
     """
-    keys = _splitmix64(_splitmix64(np.asarray(seeds, dtype=np.uint64)) + positions.astype(np.uint64))
+    keys = row_keys(seeds, positions)
     return (keys & np.uint64(_MASK32)).astype(np.int64), (keys >> np.uint64(32)).astype(np.int64)
 
 
@@ -115,10 +116,3 @@ def sample_row(logits: Tensor, temperature: float, top_k: int, top_p: float, see
     k0, k1 = noise_keys(np.array([seed], dtype=np.uint64), np.array([position]))
     noise = gumbel_noise(ids, torch.from_numpy(k0), torch.from_numpy(k1))[0]
     return int(ids[(scaled[ids] + noise).argmax()])
-
-
-def _splitmix64(x: UInt64Array) -> UInt64Array:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))

@@ -144,11 +144,7 @@ class Attention {
     for (int64_t i = 0; i < width; i += kWidth) {
       const Floats weight = exp(load<Floats>(scores + i) * scale_ - largest);
       total += weight;
-      if constexpr (sizeof(X) == 2) {
-        store(weights + i, narrow(weight));
-      } else {
-        store(weights + i, weight);
-      }
+      write(weights + i, weight);
     }
     const float kept = before == kNone ? 0.0f : std::exp(before - largest);
     if (kept != 1.0f) {
@@ -195,7 +191,7 @@ class Attention {
       const float inverse = 1.0f / scratch_.total[query];
       for (int64_t d = 0; d < out_stride_; d += kWidth) store(out + d, load<Floats>(out + d) * inverse);
       const int64_t head = kv_head * group_ + query % group_;
-      put_row(op_.out, queries.first + query / group_, head * op_.head_dim, out, op_.head_dim, false);
+      put_row(op_.out, queries.first + query / group_, head * op_.head_dim, out, op_.head_dim);
     }
   }
 

@@ -15,21 +15,23 @@ inline int64_t num_rows_of(const AlbireoStep &step, int32_t extent) {
   return extent == ALBIREO_EACH_SAMPLE ? step.num_samples : step.num_tokens;
 }
 
-// Writes one row's values, of which there are `count`, at `column`.
-inline void put_row(const AlbireoRows &out, int64_t row, int64_t column, const float *values, int64_t count, bool adds) {
+template <class Element>
+inline void put_elements(Element *to, const float *values, int64_t count) {
   int64_t i = 0;
-  if (out.dtype == ALBIREO_BFLOAT16) {
-    auto *to = (uint16_t *)out.data + row * out.stride + column;
-    for (; i + kWidth <= count; i += kWidth) store(to + i, narrow(load<Floats>(values + i)));
-    for (; i < count; i++) to[i] = narrow(values[i]);
-    return;
-  }
+  for (; i + kWidth <= count; i += kWidth) write(to + i, load<Floats>(values + i));
+  for (; i < count; i++) write(to + i, values[i]);
+}
+
+// Writes values of a row, of which there are `count`, from `column` on.
+inline void put_row(const AlbireoRows &out, int64_t row, int64_t column, const float *values, int64_t count) {
+  const int64_t start = row * out.stride + column;
+  if (out.dtype == ALBIREO_BFLOAT16) return put_elements((uint16_t *)out.data + start, values, count);
+  put_elements((float *)out.data + start, values, count);
+}
+
+inline void add_row(const AlbireoRows &out, int64_t row, int64_t column, const float *values, int64_t count) {
   auto *to = (float *)out.data + row * out.stride + column;
-  for (; i + kWidth <= count; i += kWidth) {
-    const Floats value = load<Floats>(values + i);
-    store(to + i, adds ? load<Floats>(to + i) + value : value);
-  }
-  for (; i < count; i++) to[i] = adds ? to[i] + values[i] : values[i];
+  for (int64_t i = 0; i < count; i++) to[i] += values[i];
 }
 
 inline Floats silu(Floats x) { return x / (1.0f + exp(min(-x, splat(88.0f)))); }
@@ -75,7 +77,8 @@ inline void finish_panel(const AlbireoGemm &op, const Products<kDtype> &products
     for (int v = 0; v < kVectors; v++) {
       store(values + v * kWidth, products.value(op, first_row + row, row, panel, v));
     }
-    put_row(op.out, first_row + row, column, values, count, op.epilogue == ALBIREO_ADD);
+    const auto finish = op.epilogue == ALBIREO_ADD ? add_row : put_row;
+    finish(op.out, first_row + row, column, values, count);
   }
 }
 
@@ -89,7 +92,7 @@ inline void finish_silu_mul(const AlbireoGemm &op, const Products<kDtype> &gate,
       const Floats gated = silu(gate.value(op, first_row + row, row, panel, v));
       store(values + v * kWidth, gated * up.value(op, first_row + row, row, panel + 1, v));
     }
-    put_row(op.out, first_row + row, column, values, count, false);
+    put_row(op.out, first_row + row, column, values, count);
   }
 }
 

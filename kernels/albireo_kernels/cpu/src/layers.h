@@ -46,27 +46,23 @@ inline Value normed(Value x, float inverse, Value weight, bool rounds) {
   return weight * (rounds ? round_to_bfloat16(x * inverse) : x * inverse);
 }
 
-inline void norm(const float *x, const float *weight, float *to, int64_t size, float eps, bool rounds) {
+template <class Element>
+inline void norm(const float *x, const float *weight, Element *to, int64_t size, float eps, bool rounds) {
   const float inverse = inverse_rms(x, size, eps);
   int64_t i = 0;
   for (; i + kWidth <= size; i += kWidth) {
-    store(to + i, normed(load<Floats>(x + i), inverse, load<Floats>(weight + i), rounds));
+    write(to + i, normed(load<Floats>(x + i), inverse, load<Floats>(weight + i), rounds));
   }
-  for (; i < size; i++) to[i] = normed(x[i], inverse, weight[i], rounds);
+  for (; i < size; i++) write(to + i, normed(x[i], inverse, weight[i], rounds));
 }
 
 inline void norm_row(const AlbireoAddNorm &op, const float *x, int64_t row) {
-  const int64_t size = op.residual.size;
-  if (op.out.dtype == ALBIREO_FLOAT32) {
-    return norm(x, op.weight, (float *)op.out.data + row * op.out.stride, size, op.eps, op.rounds);
+  const int64_t start = row * op.out.stride, size = op.residual.size;
+  if (op.out.dtype == ALBIREO_BFLOAT16) {
+    norm(x, op.weight, (uint16_t *)op.out.data + start, size, op.eps, op.rounds);
+  } else {
+    norm(x, op.weight, (float *)op.out.data + start, size, op.eps, op.rounds);
   }
-  auto *to = (uint16_t *)op.out.data + row * op.out.stride;
-  const float inverse = inverse_rms(x, size, op.eps);
-  int64_t i = 0;
-  for (; i + kWidth <= size; i += kWidth) {
-    store(to + i, narrow(normed(load<Floats>(x + i), inverse, load<Floats>(op.weight + i), op.rounds)));
-  }
-  for (; i < size; i++) to[i] = narrow(normed(x[i], inverse, op.weight[i], op.rounds));
 }
 
 inline void add_partials(const AlbireoAddNorm &op, float *residual, int64_t row) {
@@ -153,7 +149,7 @@ struct HeadBytes {
   HeadBytes(int32_t dtype, const float *head, int64_t dim) {
     std::memset(bytes + dim / 2 * 4, 0, 4);  // the second half of an odd head's last pair
     const AlbireoRows row{bytes, nullptr, dim, dtype, (int32_t)dim};
-    put_row(row, 0, 0, head, dim, false);
+    put_row(row, 0, 0, head, dim);
   }
 };
 
@@ -184,7 +180,7 @@ inline void rope(const AlbireoRope &op, const AlbireoStep &step, Worker &worker)
     auto *qkv = (float *)op.qkv.data + token * op.qkv.stride;
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++) {
       rotate_head(qkv + head * dim, op, op.q_norm, position);
-      put_row(op.q, token, head * dim, qkv + head * dim, dim, false);
+      put_row(op.q, token, head * dim, qkv + head * dim, dim);
     }
     float *key = qkv + (op.num_heads + kv_head) * dim, *value = key + op.num_kv_heads * dim;
     rotate_head(key, op, op.k_norm, position);

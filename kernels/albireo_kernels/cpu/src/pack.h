@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "vector.h"
 
@@ -76,20 +77,25 @@ inline void pack_row(const AlbireoMatrix &target, char *panel, int64_t output, c
     }
     return;
   }
-  if (target.dtype != ALBIREO_INT8) {
-    for (int64_t k = 0; k < target.num_in; k++) {
-      put(panel + place_in_panel(target.dtype, lane, k), target.dtype, element(rows, from_dtype, start + k));
-    }
-    return;
+  for (int64_t k = 0; k < target.num_in; k++) {
+    put(panel + place_in_panel(target.dtype, lane, k), target.dtype, element(rows, from_dtype, start + k));
   }
+}
+
+// As `pack_row`, to int8. `wide` has room for a row, which is read once.
+inline void quantize_row(const AlbireoMatrix &target, char *panel, int64_t output, const void *rows, int from_dtype,
+                         int64_t start, float *wide) {
   float largest = 0;
-  for (int64_t k = 0; k < target.num_in; k++) largest = std::max(largest, std::fabs(element(rows, from_dtype, start + k)));
+  for (int64_t k = 0; k < target.num_in; k++) {
+    wide[k] = element(rows, from_dtype, start + k);
+    largest = std::max(largest, std::fabs(wide[k]));
+  }
   const float scale = int8_scale(largest);
   int32_t sum = 0;
   for (int64_t k = 0; k < target.num_in; k++) {
-    const float rounded = std::nearbyint(element(rows, from_dtype, start + k) / scale);
+    const float rounded = std::nearbyint(wide[k] / scale);
     sum += (int32_t)rounded;
-    put(panel + place_in_panel(ALBIREO_INT8, lane, k), ALBIREO_INT8, rounded);
+    put(panel + place_in_panel(ALBIREO_INT8, output % kPanel, k), ALBIREO_INT8, rounded);
   }
   target.scales[output] = scale;
   target.sums[output] = sum;
@@ -98,15 +104,21 @@ inline void pack_row(const AlbireoMatrix &target, char *panel, int64_t output, c
 inline void pack(const AlbireoMatrix &target, const void *rows, int from_dtype, int64_t stride, int32_t num_rows,
                  int32_t first_panel, int32_t panel_step) {
   const int64_t bytes = panel_bytes(target.dtype, target.num_in);
+  const bool is_int8 = target.dtype == ALBIREO_INT8;
+  std::vector<float> wide(is_int8 ? target.num_in : 0);
   for (int32_t first = 0; first < num_rows; first += kPanel) {
     const int64_t index = first_panel + first / kPanel * panel_step;
     char *panel = (char *)target.data + index * bytes;
     std::memset(panel, 0, bytes);
     for (int lane = 0; lane < kPanel; lane++) {
       const int64_t output = index * kPanel + lane;
-      if (first + lane < num_rows) {
-        pack_row(target, panel, output, rows, from_dtype, (first + lane) * stride);
-      } else if (target.dtype == ALBIREO_INT8) {
+      const bool is_there = first + lane < num_rows;
+      const int64_t start = (first + lane) * stride;
+      if (is_there && is_int8) {
+        quantize_row(target, panel, output, rows, from_dtype, start, wide.data());
+      } else if (is_there) {
+        pack_row(target, panel, output, rows, from_dtype, start);
+      } else if (is_int8) {
         target.scales[output] = 0;
         target.sums[output] = 0;
       }

@@ -106,6 +106,12 @@ inline HalfWords narrow(Floats x) {
   return __builtin_convertvector((quiet & is_nan) | (rounded & ~is_nan), HalfWords);
 }
 
+// Stores a value, or a vector of them, in the type of what it points to.
+inline void write(float *to, float x) { *to = x; }
+inline void write(float *to, Floats x) { store(to, x); }
+inline void write(uint16_t *to, float x) { *to = narrow(x); }
+inline void write(uint16_t *to, Floats x) { store(to, narrow(x)); }
+
 inline float round_to_bfloat16(float x) { return widen(narrow(x)); }
 inline Floats round_to_bfloat16(Floats x) { return widen(narrow(x)); }
 
