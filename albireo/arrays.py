@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 Int32Array = npt.NDArray[np.int32]
 Int64Array = npt.NDArray[np.int64]
+UInt32Array = npt.NDArray[np.uint32]
 UInt64Array = npt.NDArray[np.uint64]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
@@ -14,6 +15,7 @@ _INT32 = np.dtype("<i4")
 EMPTY_INT32: Int32Array = np.zeros(0, dtype=_INT32)
 EMPTY_INT32.flags.writeable = False
 _UINT64 = np.dtype("<u8")
+_FLOAT32 = np.dtype("<f4")
 
 
 def pack_int32(values: npt.ArrayLike) -> bytes:
@@ -34,3 +36,12 @@ def pack_uint64(values: npt.ArrayLike) -> bytes:
 def unpack_uint64(data: bytes) -> UInt64Array:
     """A read-only view; ValueError when ``data`` is no whole number of elements."""
     return np.frombuffer(data, dtype=_UINT64)
+
+
+def pack_float32(values: npt.ArrayLike) -> bytes:
+    return np.asarray(values, dtype=_FLOAT32).tobytes()
+
+
+def unpack_float32(data: bytes) -> Float32Array:
+    """A read-only view; ValueError when ``data`` is no whole number of elements."""
+    return np.frombuffer(data, dtype=_FLOAT32)

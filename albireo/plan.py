@@ -7,8 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from albireo import logprobs
 from albireo.arrays import EMPTY_INT32, BoolArray, Int32Array, pack_int32, unpack_int32
 from albireo.errors import GroupError
+from albireo.logprobs import Logprobs
 from albireo.v1 import plan_pb2
 
 
@@ -68,12 +70,13 @@ class StepPlan(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """Tokens of one step; ``token_ids`` [number of sampling rows], in row order."""
+    """Tokens of one step: ``token_ids`` [number of sampling rows], in row order; ``logprobs`` where wanted."""
 
     epoch: int
     step_id: int
     token_ids: Int32Array
     timings: plan_pb2.StepTimings
+    logprobs: Logprobs | None = None
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -124,16 +127,21 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def encode_result(result: StepResult) -> bytes:
-    return plan_pb2.StepResult(
+    message = plan_pb2.StepResult(
         epoch=result.epoch, step_id=result.step_id, token_ids=pack_int32(result.token_ids), timings=result.timings
-    ).SerializeToString()
+    )
+    if result.logprobs is not None:
+        message.logprobs.CopyFrom(logprobs.encode(result.logprobs))
+    return message.SerializeToString()
 
 
 def decode_result(data: bytes) -> StepResult:
     """Raises GroupError when the message does not hold a result."""
     try:
         message = plan_pb2.StepResult.FromString(data)
-        return StepResult(message.epoch, message.step_id, unpack_int32(message.token_ids), message.timings)
+        token_ids = unpack_int32(message.token_ids)
+        decoded = logprobs.decode(message.logprobs, len(token_ids)) if message.HasField("logprobs") else None
+        return StepResult(message.epoch, message.step_id, token_ids, message.timings, decoded)
     except Exception as error:
         raise GroupError(f"not a step result: {error}") from error
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from albireo_kernels.cpu import BLOCK, UNPINNED, Device, Dtype, Library, Op, Program, StepData, make_step
+from albireo_kernels.cpu import BLOCK, UNPINNED, Device, Dtype, Library, Op, Program, Sampling, StepData, make_step
 
 Array = npt.NDArray[Any]
 
@@ -23,7 +23,7 @@ def step_of(
     before: Sequence[int] | None = None,
     sampled: Sequence[int] = (),
     tables: npt.NDArray[np.int32] | None = None,
-    **given: Array,
+    **given: Any,
 ) -> StepData:
     """A step of rows with ``lengths`` tokens each; every row is its own slot.
 
@@ -53,12 +53,7 @@ def step_of(
         "block_tables": tables,
         "sample_rows": samples,
         "sample_slots": samples.astype(np.int32),
-        "temperature": np.zeros(len(samples), dtype=np.float32),
-        "top_p": np.ones(len(samples), dtype=np.float32),
-        "top_k": np.zeros(len(samples), dtype=np.int32),
-        "noise_keys": np.zeros(len(samples), dtype=np.uint64),
-        "suppressed_starts": np.zeros(len(samples) + 1, dtype=np.int64),
-        "suppressed_ids": np.zeros(0, dtype=np.int32),
+        "sampling": Sampling.greedy(len(samples)),
         "last_tokens": np.zeros(rows, dtype=np.int32),
     }
     return make_step(**{**arrays, **given})

@@ -16,6 +16,8 @@ from albireo.v1 import generation_pb2_grpc
 class FakeServer(generation_pb2_grpc.GenerationServicer):
     """Completes with the ids 0, 1, 2 ... as text "t0 t1 t2 ", max_tokens of them (3 unless told).
 
+    Where they are wanted, the log-probability of token i is -i - 0.5 and its rank i + 1; the likeliest are 0, 1 ...
+
     Text prompts become their UTF-8 bytes. A prompt "wait" takes 0.3 s; "abort" ends as aborted; "break" loses the
     server in the middle; "busy" is refused with a deadline within 30 s; a temperature above 10 is refused.
 
@@ -69,10 +71,21 @@ class FakeServer(generation_pb2_grpc.GenerationServicer):
             if request.text == "endless":
                 time.sleep(0.05)
             yield pb.GenerateResponse(
-                index=index, text=f"t{token} ", token_ids=[token], prompt_token_ids=prompt if token == 0 else []
+                index=index,
+                text=f"t{token} ",
+                token_ids=[token],
+                prompt_token_ids=prompt if token == 0 else [],
+                logprobs=_logprobs(token, request.sampling_params),
             )
             if request.text == "break":
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the worker group is gone")
         reason = pb.FINISH_REASON_ABORT if request.text == "abort" else pb.FINISH_REASON_LENGTH
         usage = pb.Usage(prompt_tokens=len(prompt), completion_tokens=num_tokens, cached_tokens=1)
         yield pb.GenerateResponse(index=index, finish=pb.Finish(reason=reason, usage=usage))
+
+
+def _logprobs(token: int, params: pb.SamplingParams) -> list[pb.TokenLogprobs]:
+    if not params.HasField("logprobs"):
+        return []
+    top = [pb.TopLogprob(token_id=i, logprob=-i - 0.5) for i in range(params.logprobs)]
+    return [pb.TokenLogprobs(logprob=-token - 0.5, rank=token + 1, top=top)]

@@ -47,7 +47,7 @@ def true_output(
     max_tokens: int,
     ignore_eos: bool,
     stop_token_ids: frozenset[int] = frozenset(),
-    **sampling: float,
+    **sampling: object,
 ) -> list[int]:
     """What the stub engine answers, the token that ends it included."""
     ends = stop_token_ids | (frozenset() if ignore_eos else frozenset({EOS}))

@@ -4,13 +4,17 @@ Everything is real but the transport: plans pass through the wire codec, every r
 blocks, and a checker that knows nothing of the planner's insides watches which blocks and slots each plan touches.
 """
 
+import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from albireo.plan import StepPlan, decode_plan, encode_plan
+from albireo import logprobs
+from albireo.arrays import pack_float32, pack_int32
+from albireo.logprobs import Logprobs
+from albireo.plan import StepPlan, StepResult, decode_plan, decode_result, encode_plan, encode_result
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
 from scheduler_svc.planner.commit import Ended, commit_step
@@ -21,7 +25,7 @@ from scheduler_svc.planner.state import Limits, PlannerState, lose_group, regain
 from worker_svc.batch import BatchState, InputBatch
 from worker_svc.engine import EngineConfig
 from worker_svc.stub.engine import StubEngine
-from worker_svc.stub.truth import true_tokens
+from worker_svc.stub.truth import true_logprobs, true_tokens
 
 EOS = 2
 
@@ -33,6 +37,7 @@ class Expected:
     tokens: np.ndarray
     ends_with_stop: bool
     submit: frontend_pb2.Submit
+    logprobs: Logprobs | None = None  # of all tokens, where they are wanted
     got: list[int] = field(default_factory=list)
     reason: EndReason | None = None
     gone: bool = False  # cancelled, truncated or aborted: a prefix is all that may have come
@@ -108,6 +113,32 @@ class FenceChecker:
             self._content[self._tables[slot][index]] = tuple(self._tokens[slot][: (index + 1) * size])
 
 
+def _moved(of_sequence: Logprobs, position: int, place: int) -> Logprobs:
+    """Of one token of a sequence, which stands at ``place`` now."""
+    places = np.full(len(of_sequence.indices), -1, dtype=np.int32)
+    places[position] = place
+    return of_sequence.of_tokens(places)
+
+
+def any_sampling(rng: random.Random, vocab_size: int) -> dict[str, object]:
+    """Sampling parameters as the planner gets them, a few of them at a time."""
+
+    def some(num: int) -> list[int]:
+        return rng.sample(range(vocab_size), num)
+
+    biased = some(rng.choice([0, 0, 3]))
+    return {
+        "repetition_penalty": rng.choice([0.0, 1.0, 1.0, 1.25]),
+        "presence_penalty": rng.choice([0.0, 0.0, -0.5]),
+        "frequency_penalty": rng.choice([0.0, 0.0, 1.5]),
+        "bias_token_ids": pack_int32(biased),
+        "biases": pack_float32([rng.choice([-100.0, 0.5, 3.0]) for _ in biased]),
+        "allowed_token_ids": pack_int32(some(vocab_size // 4) if rng.random() < 0.3 else []),
+        "bad_words": [pack_int32(some(rng.choice([1, 2, 2, 3]))) for _ in range(rng.choice([0, 0, 200]))],
+        "num_logprobs": rng.choice([None, None, 0, 3]),
+    }
+
+
 class Simulation:
     """A planner with a group of ``tp_size`` stub ranks."""
 
@@ -147,7 +178,7 @@ class Simulation:
         ]
         self.checker = FenceChecker(self.limits.block_size)
         self.planned: deque[tuple[int, list[InputBatch]]] = deque()
-        self.results: deque[tuple[int, np.ndarray]] = deque()
+        self.results: deque[StepResult] = deque()
         self.expected: dict[tuple[int, int], Expected] = {}
         self.num_arrivals = 0
         self.num_steps = self.num_rowless_plans = self.num_computed_tokens = 0
@@ -183,7 +214,7 @@ class Simulation:
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
         tenant: str = "",
-        **sampling: float,
+        **sampling: object,
     ) -> tuple[int, int]:
         """Submits a sequence and works out its true output; returns its key."""
         key = (frontend, len(self.expected) + 1)
@@ -205,7 +236,11 @@ class Simulation:
         room = min(max_tokens, self.limits.max_model_len - len(prompt))
         tokens = true_tokens(np.array(prompt, dtype=np.int32), true_sampling, ends, room, self.limits.vocab_size)
         stops = int(tokens[-1]) in ends and len(tokens) > true_sampling.min_tokens
-        self.expected[key] = Expected(tokens, stops, message)
+        true = None
+        if true_sampling.HasField("num_logprobs"):
+            prompt_ids = np.array(prompt, dtype=np.int32)
+            true = true_logprobs(prompt_ids, tokens, true_sampling.num_logprobs, self.limits.vocab_size)
+        self.expected[key] = Expected(tokens, stops, message, true)
         return key
 
     def send(self, frontend: int, **fields: object) -> None:
@@ -269,6 +304,7 @@ class Simulation:
         for engine in self.engines:
             engine._cache[:] = 0  # what a restarted rank holds
             engine._last_tokens[:] = 0
+            engine._sampler.forget()
 
     # What time brings.
 
@@ -297,25 +333,36 @@ class Simulation:
             axis=0,
             dtype=np.uint64,
         )
-        tokens = [engine.sample(batch, digests) for engine, batch in zip(self.engines, batches, strict=True)]
-        assert all((own == tokens[0]).all() for own in tokens)
-        self.results.append((step_id, tokens[0]))
+        outputs = []
+        for engine, batch in zip(self.engines, batches, strict=True):
+            tokens = engine.sample(batch, digests)
+            result = StepResult(
+                self.epoch, step_id, tokens, plan_pb2.StepTimings(), engine.logprobs(batch, digests, tokens)
+            )
+            outputs.append(encode_result(result))
+        assert len(set(outputs)) == 1
+        self.results.append(decode_result(outputs[0]))
         return True
 
     def commit(self) -> bool:
         """Delivers the oldest result to the planner."""
         if not self.results:
             return False
-        step_id, tokens = self.results.popleft()
-        self.checker.see_result(step_id)
-        committed = commit_step(self.state, step_id, tokens)
+        result = self.results.popleft()
+        self.checker.see_result(result.step_id)
+        committed = commit_step(self.state, result.step_id, result.token_ids, result.logprobs)
         columns = (committed.frontends.tolist(), committed.sequence_ids.tolist(), committed.token_ids.tolist())
-        for frontend, sequence_id, token in zip(*columns, strict=True):
+        wanting = []
+        for place, (frontend, sequence_id, token) in enumerate(zip(*columns, strict=True)):
             expected = self.expected[frontend, sequence_id]
             assert expected.reason is None, "a token after the end"
             assert not expected.gone, "a token for a sequence whose client is gone"
+            if expected.logprobs is not None:
+                wanting.append(_moved(expected.logprobs, len(expected.got), place))
             expected.got.append(token)
             assert expected.got == expected.tokens[: len(expected.got)].tolist(), "a wrong token"
+        got = logprobs.encode(committed.logprobs) if committed.logprobs is not None else None
+        assert got == (logprobs.encode(logprobs.join(wanting)) if wanting else None), "wrong logprobs"
         for ended in committed.ended:
             self._see_end(ended)
         return True

@@ -25,6 +25,19 @@ _SPARE_BLOCKS = 16
 
 
 @dataclass(frozen=True, slots=True)
+class History:
+    """Tokens of a sequence that starts with this step, in a slot where sampling depends on them.
+
+    Attributes:
+        token_ids: the prompt and, when the sequence resumes, its output so far.
+    """
+
+    slot: int
+    token_ids: Int32Array
+    num_prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class InputBatch:
     """Inputs of one step: N tokens of R rows, of which S rows sample.
 
@@ -42,6 +55,7 @@ class InputBatch:
         sample_slots: [S], their slots: where to write the last token.
         output_positions: [S], index of the sampled token in its sequence's output.
         sampling: parameters of the sampling rows.
+        histories: what the device must know before this step samples; tokens sampled later are added there.
     """
 
     slots: Int32Array
@@ -57,6 +71,7 @@ class InputBatch:
     sample_slots: Int32Array
     output_positions: Int64Array
     sampling: RowSampling
+    histories: tuple[History, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +147,7 @@ class BatchState:
         self.num_prompt_tokens = self._counts[:, 2]
         self.num_computed_tokens = self._counts[:, 3]
         self.sampling = SlotSampling(max_num_seqs, vocab_size)
+        self._histories: list[History] = []  # of the plan being applied
         self._epoch = 0
         self._next_step_id = 0
         self._layout = _layout(_NO_ROWS)  # of the last plan
@@ -167,6 +183,7 @@ class BatchState:
             self._run = None
         if len(plan.finished_slots):
             self._check_slots("finished", plan.finished_slots)
+        self._histories.clear()
         for new in plan.new_sequences:
             self._start_sequence(new)
         if len(plan.append_slots):
@@ -221,7 +238,8 @@ class BatchState:
         self.num_computed_tokens[slot] = new.num_computed_tokens
         self.block_tables[slot, :num_blocks] = new.block_table
         self.num_blocks[slot] = num_blocks
-        self.sampling.set(slot, new.sampling)
+        if self.sampling.set(slot, new.sampling):
+            self._histories.append(History(slot, new.token_ids, new.num_prompt_tokens))
 
     def _check_slots(self, what: str, slots: Int32Array) -> None:
         check_range(f"{what} slot", slots, 0, self._max_num_seqs)
@@ -276,6 +294,7 @@ class BatchState:
             sample_slots=layout.sample_slots,
             output_positions=output_positions,
             sampling=self.sampling.rows(layout.sample_slots, output_positions),
+            histories=tuple(self._histories),
         )
 
     def _token_ids(self, token_slots: Int32Array, positions: Int64Array, from_last_token: BoolArray) -> Int32Array:
@@ -286,7 +305,7 @@ class BatchState:
         return token_ids
 
     def _begin_run(self, batch: InputBatch) -> _DecodeRun | None:
-        if not len(batch.slots) or batch.sampling.suppressed or not batch.from_last_token.all():
+        if not len(batch.slots) or not batch.sampling.lasts or not batch.from_last_token.all():
             return None
         row_of_slot = np.full(self._max_num_seqs, -1)
         row_of_slot[batch.slots] = np.arange(len(batch.slots))
@@ -324,5 +343,6 @@ class BatchState:
             positions=positions,
             slot_mapping=slot_mapping,
             output_positions=last.output_positions + 1,
+            histories=(),
         )
         return run.batch

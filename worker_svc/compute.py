@@ -101,7 +101,7 @@ def run_steps(
             return
         prepared, times = launched.prepared, output.times
         timings = _timings(prepared, times, last_end_ns)
-        report(StepResult(prepared.epoch, prepared.step_id, output.token_ids, timings))
+        report(StepResult(prepared.epoch, prepared.step_id, output.token_ids, timings, output.logprobs))
         _record(ledger, launched, times)
         last_end_ns = times.end_at_ns
 

@@ -19,6 +19,11 @@ class WorkerConfig:
         "none", "w8a8: weights and activations of linear layers in 8 bits, on a CPU", choices=("none", "w8a8")
     )
     eager: bool = flag(False, "on a CPU, run the model op by op in torch, not as compiled kernels; slow")
+    sampler: str = flag(
+        "merge",
+        "how ranks sample; merge: each its own part of the vocabulary, so that logits stay where they are",
+        choices=("merge", "batch-sharded", "gather"),
+    )
     max_num_seqs: int = flag(0, "sequences that run at once; 0: 64 on a CPU, 256 on a GPU")
     max_model_len: int = flag(0, "longest sequence, tokens; 0: the model's")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: 512 on a CPU, 4096 on a GPU")

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from albireo.arrays import Int32Array
 from albireo.errors import ConfigError
+from albireo.logprobs import Logprobs
 from albireo.model_spec import ModelSpec
 from worker_svc.batch import InputBatch
 
@@ -34,6 +35,7 @@ class EngineConfig:
     kv_cache_gib: float  # per rank; 0: chosen by the engine
     block_size: int = BLOCK_SIZE
     quantize: str = "none"  # none, w8a8; of the compiled engine alone
+    sampler: str = "merge"  # merge, batch-sharded, gather; see docs/sampling.md
     # Of the stub alone: what it computes, and how long its steps last (modelled).
     stub_mode: str = "truth"
     stub_step_ms: float = 0.0
@@ -90,10 +92,12 @@ class StepTimes:
 @dataclass(frozen=True, slots=True)
 class StepOutput:
     """Tokens [S] of a step's sampling rows, identical on every rank (an engine whose tokens mean nothing may leave them
-    out on all ranks but the first), and the step's times."""
+    out on all ranks but the first), and the step's times. ``logprobs``: of the rows that want them; rank 0 has them,
+    others may."""
 
     token_ids: Int32Array
     times: StepTimes
+    logprobs: Logprobs | None = None
 
 
 class PendingStep(Protocol):

@@ -76,6 +76,7 @@ def make_engine(config: WorkerConfig, run_dir: Path, report: Progress) -> tuple[
         max_num_batched_tokens=max_num_batched_tokens,
         kv_cache_gib=config.kv_cache_gib,
         quantize=config.quantize,
+        sampler=config.sampler,
         stub_mode=config.stub_mode,
         stub_step_ms=config.stub_step_ms,
         stub_device=config.stub_device,

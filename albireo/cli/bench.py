@@ -1,5 +1,6 @@
 """``albireo bench``: measures a running server through its own API, or this machine: the services on it (`bench_host`),
-its kernels (`bench_kernels`), and how near a server comes to what the machine can do (`bench_roofline`)."""
+its kernels (`bench_kernels`), its sampling schemes (`bench_sampling`), and how near a server comes to what the machine
+can do (`bench_roofline`)."""
 
 import argparse
 import asyncio
@@ -9,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from albireo.cli import bench_host, bench_kernels, bench_roofline, client
+from albireo.cli import bench_host, bench_kernels, bench_roofline, bench_sampling, client
 from albireo.cli.bench_load import SAMPLING, Workload, run_load
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
 
 _METRICS = ("out_tok_s", "total_tok_s", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
 
+# Commands whose flags are another program's.
+_PROGRAMS = {"kernels": bench_kernels.run, "sampling": bench_sampling.run}
 
 WORKLOADS = {
     "chat": Workload(32, 32, 128, 64),
@@ -26,14 +29,15 @@ WORKLOADS = {
 
 
 def run(argv: Sequence[str]) -> int:
-    if list(argv[:1]) == ["kernels"]:
-        return bench_kernels.run(argv[1:])  # its flags are another program's
+    if argv and argv[0] in _PROGRAMS:
+        return _PROGRAMS[argv[0]](argv[1:])
     parser = argparse.ArgumentParser(prog="albireo bench", description="Measure a running server, or this machine.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_serve(commands.add_parser("serve", help="rates and latencies of one workload", description=_describe()))
     host = commands.add_parser("host", help="idle time of the device and CPU per step, with services of its own")
     bench_host.add_flags(host)
     commands.add_parser("kernels", help="compiled kernels against what this machine's memory and cores can do")
+    commands.add_parser("sampling", help="ways to share out sampling among ranks, on this machine's cores")
     roofline = commands.add_parser("roofline", help="decode steps of a server against the same")
     bench_roofline.add_flags(roofline)
     args = parser.parse_args(argv)

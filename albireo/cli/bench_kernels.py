@@ -16,7 +16,7 @@ _NEEDED = ("albireo_kernels", "ml_dtypes")
 
 def run(argv: Sequence[str]) -> int:
     """Passes the arguments on, and returns the child's exit status."""
-    status, _ = _start(argv)
+    status, _ = start(_MODULE, argv)
     return status
 
 
@@ -25,18 +25,22 @@ def measure_rates(*flags: str) -> dict[str, Any]:
 
     Raises ConfigError when it cannot be measured; the child has said why.
     """
-    status, output = _start(["--rates-only", "--json", "-", *flags], subprocess.PIPE)
+    status, output = start(_MODULE, ["--rates-only", "--json", "-", *flags], subprocess.PIPE)
     if status != 0:
         raise ConfigError("what this machine can do could not be measured")
     report: dict[str, Any] = json.loads(output)
     return report
 
 
-def _start(argv: Sequence[str], stdout: int | None = None) -> tuple[int, bytes]:
-    for module in _NEEDED:
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{module} is not installed: the kernels need albireo's extra `worker`")
-    child = subprocess.run([*python_module(_MODULE), *argv], stdout=stdout, check=False)
+def start(module: str, argv: Sequence[str], stdout: int | None = None) -> tuple[int, bytes]:
+    """Runs a module that measures kernels; its exit status, and what it wrote to ``stdout`` if that is a pipe.
+
+    Raises ConfigError where the kernels cannot run, GroupError when the child was killed.
+    """
+    for needed in _NEEDED:
+        if importlib.util.find_spec(needed) is None:
+            raise ConfigError(f"{needed} is not installed: the kernels need albireo's extra `worker`")
+    child = subprocess.run([*python_module(module), *argv], stdout=stdout, check=False)
     if child.returncode < 0:
-        raise GroupError(f"{_MODULE} was killed by {signal.Signals(-child.returncode).name}")
+        raise GroupError(f"{module} was killed by {signal.Signals(-child.returncode).name}")
     return child.returncode, child.stdout or b""

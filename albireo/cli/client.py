@@ -1,6 +1,7 @@
 """A client of ``albireo.v1.Generation``: connecting, collecting completions, and errors fit for people."""
 
 import contextlib
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -52,21 +53,32 @@ class Completion:
     text: str = ""
     prompt_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # of the tokens, where they were asked for
     finish: pb.Finish | None = None
 
     def add(self, response: pb.GenerateResponse) -> None:
         self.text += response.text
         self.prompt_token_ids += response.prompt_token_ids
         self.token_ids += response.token_ids
+        self.logprobs += response.logprobs
         if response.HasField("finish"):
             self.finish = response.finish
 
     def to_json(self) -> dict[str, Any]:
         finish = self.finish or pb.Finish()
+        logprobs = [
+            {
+                "logprob": _number(each.logprob),
+                "rank": each.rank,
+                "top": [{"token_id": top.token_id, "logprob": _number(top.logprob)} for top in each.top],
+            }
+            for each in self.logprobs
+        ]
         return {
             "text": self.text,
             "prompt_token_ids": self.prompt_token_ids,
             "token_ids": self.token_ids,
+            **({"logprobs": logprobs} if logprobs else {}),
             "finish_reason": pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower(),
             "usage": {
                 "prompt_tokens": finish.usage.prompt_tokens,
@@ -74,6 +86,11 @@ class Completion:
                 "cached_tokens": finish.usage.cached_tokens,
             },
         }
+
+
+def _number(value: float) -> float | None:
+    """For JSON, which has no infinity."""
+    return round(value, 6) if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

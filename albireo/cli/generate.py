@@ -26,6 +26,7 @@ A line of --prompts is an object with prompt or prompt_token_ids and any of the 
 (max_tokens, stop_token_ids, ...); flags are defaults for all lines. All run at once; the answers are printed in order:
 
   {"text", "prompt_token_ids", "token_ids", "finish_reason": "stop"|"length"|"abort",
+   with --logprobs "logprobs": [{"logprob", "rank", "top": [{"token_id", "logprob"}]}, one per token],
    "usage": {"prompt_tokens", "completion_tokens", "cached_tokens"}}
 
 or, with n > 1, {"choices": [one such object per completion]}, or {"error": {"code", "message"}} for a request that was
@@ -108,6 +109,7 @@ async def _print_text(target: str, request: pb.GenerateRequest, options: CallOpt
             completions = await client.collect(stub, request, options)
             for index, each in enumerate(completions):
                 print(f"[{index + 1}/{len(completions)}]\n{each.text}")
+                _print_logprobs(each)
         else:
             completions = [client.Completion()]
             async for response in client.stream(stub, request, options):
@@ -115,9 +117,20 @@ async def _print_text(target: str, request: pb.GenerateRequest, options: CallOpt
                 print(response.text, end="", flush=True)
             if not completions[0].text.endswith("\n"):
                 print()
+            _print_logprobs(completions[0])
     if any(each.finish is None or each.finish.reason == pb.FINISH_REASON_ABORT for each in completions):
         raise CallFailed("ABORTED", "the request was aborted; the text is not complete")
     return 0
+
+
+def _print_logprobs(completion: client.Completion) -> None:
+    """A line per token, below the text."""
+    if not completion.logprobs:
+        return
+    print(f"\n{'token':>8} {'logprob':>10} {'rank':>6}  likeliest")
+    for token_id, each in zip(completion.token_ids, completion.logprobs, strict=True):
+        likeliest = "  ".join(f"{top.token_id}: {top.logprob:.4f}" for top in each.top)
+        print(f"{token_id:>8} {each.logprob:>10.4f} {each.rank:>6}  {likeliest}".rstrip())
 
 
 async def _print_json(target: str, request: pb.GenerateRequest, options: CallOptions) -> int:

@@ -6,6 +6,7 @@ Fields that the contract gains later need no change here.
 import argparse
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,6 +43,13 @@ _HELP = {
     "include_stop_str_in_output": "keep the stop string in the text",
     "skip_special_tokens": "leave special tokens out of the text",
     "n": "completions of the prompt",
+    "min_p": "no token less probable than this part of the likeliest one",
+    "repetition_penalty": "divides the logits of tokens in prompt or output; 1 is none",
+    "presence_penalty": "from the logits of tokens in the output",
+    "frequency_penalty": "the same, times the token's number in the output",
+    "logit_bias": "added to the logit of a token; may be given again",
+    "bad_words": "a text that the output never contains; may be given again",
+    "logprobs": "show each token's log-probability, and those of the N likeliest tokens",
     "request_id": "a label for logs and aborts",
     "priority": "work of a higher priority starts first",
 }
@@ -59,6 +67,8 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
             options |= {"type": float, "metavar": "X"}
         elif field.cpp_type == Fd.CPPTYPE_STRING:
             options["metavar"] = "S"
+        elif name == "logit_bias":
+            options |= {"type": _bias, "metavar": "ID=VALUE"}
         else:
             continue  # structures are for JSON
         if field.is_repeated:
@@ -68,7 +78,21 @@ def add_flags(parser: argparse._ActionsContainer) -> None:
 
 def flag_values(namespace: argparse.Namespace) -> dict[str, Any]:
     """The request fields that were given as flags."""
-    return {name: value for name, value in vars(namespace).items() if name in _SAMPLING_FIELDS | _REQUEST_FIELDS}
+    values = {name: value for name, value in vars(namespace).items() if name in _SAMPLING_FIELDS | _REQUEST_FIELDS}
+    if "logit_bias" in values:
+        values["logit_bias"] = dict(values["logit_bias"])
+    return values
+
+
+def _bias(text: str) -> tuple[str, float]:
+    token_id, equals, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (equals and token_id.isdecimal() and math.isfinite(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not ID=VALUE, a token id and a number")
+    return token_id, number
 
 
 def parse_line(line: bytes, defaults: Mapping[str, Any]) -> pb.GenerateRequest:

@@ -45,6 +45,7 @@ class ServeConfig:
     device: str = flag("auto", "auto is cuda where there is one", ("auto", "cpu", "cuda"))
     dtype: str = flag("auto", "auto is the checkpoint's", ("auto", "float32", "bfloat16"))
     quantize: str = flag("none", "w8a8: weights and activations in 8 bits, on a CPU", ("none", "w8a8"))
+    sampler: str = flag("merge", "how ranks share out sampling", ("merge", "batch-sharded", "gather"))
     eager: bool = flag(False, "on a CPU, run the model op by op in torch, not as compiled kernels; slow")
     max_num_seqs: int = flag(0, "sequences that run at once; 0: the worker's default")
     max_model_len: int = flag(0, "tokens of prompt and output together; 0: the model's")
@@ -154,7 +155,7 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
     def flags(*names: str) -> list[str]:
         return to_argv(config, *(name for name in names if name in given))
 
-    worker_flags = ["engine", "tp", "device", "dtype", "quantize", "eager"]
+    worker_flags = ["engine", "tp", "device", "dtype", "quantize", "sampler", "eager"]
     limits = ["max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib"]
     worker = [
         *python_module("worker_svc"),

@@ -69,7 +69,7 @@ class Truncate(_message.Message):
     def __init__(self, sequence_id: _Optional[int] = ..., num_kept: _Optional[int] = ...) -> None: ...
 
 class PlannerMessage(_message.Message):
-    __slots__ = ("welcome", "token_sequence_ids", "token_ids", "ended", "load", "started_sequence_ids", "started_num_cached_tokens")
+    __slots__ = ("welcome", "token_sequence_ids", "token_ids", "ended", "load", "started_sequence_ids", "started_num_cached_tokens", "logprobs")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TOKEN_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +77,7 @@ class PlannerMessage(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     STARTED_SEQUENCE_IDS_FIELD_NUMBER: _ClassVar[int]
     STARTED_NUM_CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     token_sequence_ids: bytes
     token_ids: bytes
@@ -84,7 +85,8 @@ class PlannerMessage(_message.Message):
     load: Load
     started_sequence_ids: bytes
     started_num_cached_tokens: bytes
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., token_sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., started_sequence_ids: _Optional[bytes] = ..., started_num_cached_tokens: _Optional[bytes] = ...) -> None: ...
+    logprobs: _plan_pb2.Logprobs
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., token_sequence_ids: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., ended: _Optional[_Iterable[_Union[Ended, _Mapping]]] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., started_sequence_ids: _Optional[bytes] = ..., started_num_cached_tokens: _Optional[bytes] = ..., logprobs: _Optional[_Union[_plan_pb2.Logprobs, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("group",)

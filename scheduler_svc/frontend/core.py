@@ -1,6 +1,7 @@
 """What both client APIs run on: from a request's fields to its stream, and from any error to a gRPC status."""
 
 import asyncio
+import functools
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
@@ -19,7 +20,7 @@ from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slots import WriteSlots
 from scheduler_svc.frontend.stream import RequestStream
-from scheduler_svc.frontend.validation import Limits, RequestFields, check_text, validate
+from scheduler_svc.frontend.validation import GenerationRequest, Limits, RequestFields, check_text, validate
 
 log = structlog.get_logger()
 
@@ -83,7 +84,7 @@ class Core:
         prompt_ids = await self._tokenise(text) if text is not None else fields.prompt
         assert prompt_ids is not None
         assert not isinstance(prompt_ids, str)
-        request = validate(fields, prompt_ids, limits, self.model.defaults)
+        request = await self._validate(fields, prompt_ids, limits)
         eos = frozenset(group.eos_token_ids)
         return RequestStream(
             request,
@@ -135,6 +136,16 @@ class Core:
 
     def close(self) -> None:
         self._tokenising.shutdown(wait=False, cancel_futures=True)
+
+    async def _validate(self, fields: RequestFields, prompt_ids: Sequence[int], limits: Limits) -> GenerationRequest:
+        check = functools.partial(validate, fields, prompt_ids, limits, self.model.defaults, self._encode_word)
+        if sum(map(len, fields.sampling.bad_words)) <= _MAX_INLINE_CHARS:
+            return check()
+        return await asyncio.get_running_loop().run_in_executor(self._tokenising, check)
+
+    def _encode_word(self, text: str) -> Sequence[int]:
+        ids: list[int] = self.model.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        return ids
 
     async def _tokenise(self, text: str) -> Sequence[int]:
         # The batch call is the one that lets other threads run meanwhile.

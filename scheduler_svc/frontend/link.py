@@ -17,7 +17,7 @@ from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.ledger import FRONTEND_COLUMNS, Ledger
 from albireo.rpc import make_channel
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
-from scheduler_svc.frontend.messages import in_messages, started_in, tokens_in
+from scheduler_svc.frontend.messages import in_messages, logprobs_in, started_in, tokens_in
 from scheduler_svc.frontend.outstanding import Outstanding, Receiver
 
 log = structlog.get_logger()
@@ -28,6 +28,7 @@ _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 0.5
 _WELCOME_TIMEOUT_S = 5.0  # a planner that listens welcomes at once
 _LEDGER_TIMEOUT_S = 2.0
+_LARGE_BYTES = 64 << 10  # of a submit
 
 
 class PlannerLink:
@@ -168,6 +169,8 @@ class PlannerLink:
             # In the same message the abort would come after this sequence and end it, too.
             self._outbox.append(frontend_pb2.FrontendMessage())
         self._pending().submits.append(submit)
+        if len(submit.sampling.allowed_token_ids) > _LARGE_BYTES:
+            self._outbox.append(frontend_pb2.FrontendMessage())  # many in one message might be too much for it
         return sequence_id
 
     def truncate(self, sequence_id: int, num_kept: int) -> None:
@@ -273,7 +276,8 @@ class PlannerLink:
     def _dispatch(self, message: frontend_pb2.PlannerMessage) -> None:
         """Spreads a message over its sequences. Raises ValueError when it cannot be read."""
         received_at_ns = time.monotonic_ns()
-        started, tokens = started_in(message), tokens_in(message)
+        started, tokens, logprobs = started_in(message), tokens_in(message), logprobs_in(message)
+        now = received_at_ns / 1e9
         for sequence_id, num_cached_tokens in started:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None and not sequence.has_started:
@@ -283,7 +287,8 @@ class PlannerLink:
             sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
             if sequence is not None:
                 sequence.output.extend(token_ids)
-                self._tell(sequence_id, sequence.receiver, sequence.receiver.receive, token_ids, received_at_ns / 1e9)
+                of_tokens = logprobs.get(sequence_id, []) if logprobs else []
+                self._tell(sequence_id, sequence.receiver, sequence.receiver.receive, token_ids, now, of_tokens)
         for ended in message.ended:
             sequence = self._sequences.pop(ended.sequence_id, None)
             if sequence is not None:

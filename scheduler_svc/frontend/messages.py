@@ -6,7 +6,9 @@ All functions are pure. Those that read raise ValueError for a message that cann
 from collections.abc import Iterable
 
 from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
+from albireo.logprobs import decode
 from albireo.v1 import frontend_pb2
+from scheduler_svc.frontend.logprobs import TokenLogprobs, group_logprobs
 
 _MAX_RESUBMIT_BYTES = 16 << 20  # of one message
 
@@ -27,6 +29,14 @@ def tokens_in(message: frontend_pb2.PlannerMessage) -> dict[int, list[int]]:
     if not (message.token_sequence_ids or message.token_ids):
         return {}
     return group_tokens(unpack_uint64(message.token_sequence_ids), unpack_int32(message.token_ids))
+
+
+def logprobs_in(message: frontend_pb2.PlannerMessage) -> dict[int, list[TokenLogprobs]]:
+    """Those of the new tokens by sequence, where there are any."""
+    if not message.HasField("logprobs"):
+        return {}
+    sequence_ids = unpack_uint64(message.token_sequence_ids)
+    return group_logprobs(sequence_ids, decode(message.logprobs, len(sequence_ids)))
 
 
 def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> dict[int, list[int]]:

@@ -16,7 +16,8 @@ from scheduler_svc.frontend.validation import SamplingDefaults, check_defaults
 log = structlog.get_logger()
 
 # Values of generation_config.json that change nothing.
-_NEUTRAL = {"repetition_penalty": 1.0, "min_p": 0.0, "typical_p": 1.0, "no_repeat_ngram_size": 0}
+_NEUTRAL = {"typical_p": 1.0, "no_repeat_ngram_size": 0}
+_SERVED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _stated_defaults(path: Path) -> dict[str, float]:
     for key, neutral in _NEUTRAL.items():
         if config.get(key, neutral) not in (None, neutral):
             log.warning("a default of the model is not served, requests run without it", key=key, value=config[key])
-    stated = {key: config[key] for key in ("temperature", "top_p", "top_k") if config.get(key) is not None}
+    stated = {key: config[key] for key in _SERVED if config.get(key) is not None}
     for key, value in stated.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ConfigError(f"{path / 'generation_config.json'}: {key} is {value!r}, not a number")
@@ -78,6 +79,8 @@ def _defaults(path: Path, stated: dict[str, float]) -> SamplingDefaults:
         temperature=float(stated.get("temperature", 1.0)),
         top_p=float(stated.get("top_p", 1.0)),
         top_k=int(stated.get("top_k", 0)),
+        min_p=float(stated.get("min_p", 0.0)),
+        repetition_penalty=float(stated.get("repetition_penalty", 1.0)),
     )
     try:
         check_defaults(defaults)

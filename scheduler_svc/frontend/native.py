@@ -6,6 +6,7 @@ from scheduler_svc.frontend.calls import Context, refuse, tenant_of
 from scheduler_svc.frontend.completion import Delta, Finish
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.deadline import deadline_in
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.frontend.stream import RequestStream
 from scheduler_svc.frontend.validation import RequestFields, SamplingFields, check_labels
 
@@ -73,6 +74,15 @@ def _sampling_fields(params: generation_pb2.SamplingParams) -> SamplingFields:
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens if params.HasField("skip_special_tokens") else True,
         n=params.n if params.HasField("n") else 1,
+        min_p=params.min_p if params.HasField("min_p") else None,
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else None,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        allowed_token_ids=params.allowed_token_ids.ids if params.HasField("allowed_token_ids") else None,
+        bad_words=params.bad_words,
+        bad_words_token_ids=[word.ids for word in params.bad_words_token_ids],
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
     )
 
 
@@ -89,7 +99,14 @@ def _response(delta: Delta, stream: RequestStream) -> generation_pb2.GenerateRes
             cached_tokens=delta.num_cached_tokens,
         )
         response.finish.CopyFrom(_finish(delta.finish, usage))
+    if delta.logprobs:
+        response.logprobs.extend(map(_logprobs, delta.logprobs))
     return response
+
+
+def _logprobs(logprobs: TokenLogprobs) -> generation_pb2.TokenLogprobs:
+    top = [generation_pb2.TopLogprob(token_id=token_id, logprob=logprob) for token_id, logprob in logprobs.top]
+    return generation_pb2.TokenLogprobs(logprob=logprobs.logprob, rank=logprobs.rank, top=top)
 
 
 def _finish(finish: Finish, usage: generation_pb2.Usage) -> generation_pb2.Finish:
@@ -118,6 +135,10 @@ def _model_info(core: Core) -> generation_pb2.ModelInfo:
         block_size=group.block_size,
         num_blocks=group.num_blocks,
         default_sampling_params=generation_pb2.SamplingParams(
-            temperature=model.defaults.temperature, top_p=model.defaults.top_p, top_k=model.defaults.top_k
+            temperature=model.defaults.temperature,
+            top_p=model.defaults.top_p,
+            top_k=model.defaults.top_k,
+            min_p=model.defaults.min_p,
+            repetition_penalty=model.defaults.repetition_penalty,
         ),
     )

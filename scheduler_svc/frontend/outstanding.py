@@ -9,6 +9,7 @@ from albireo.arrays import pack_int32
 from albireo.errors import AlbireoError
 from albireo.v1 import frontend_pb2
 from scheduler_svc.frontend.deadline import deadline_in, remaining_s
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 
 
 class Receiver(Protocol):
@@ -17,8 +18,8 @@ class Receiver(Protocol):
     def start(self, num_cached_tokens: int) -> None:
         """The sequence runs; so much of its prompt was in the prefix cache. Called once at most, before `receive`."""
 
-    def receive(self, token_ids: list[int], now: float) -> None:
-        """New tokens; called at most once per message from the planner."""
+    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
+        """New tokens, and their logprobs or none; called at most once per message from the planner."""
 
     def end(self, ended: frontend_pb2.Ended) -> None:
         """The sequence is over; nothing comes after it."""

@@ -7,13 +7,14 @@ from typing import Any
 
 import grpc
 
-from albireo.arrays import pack_int32
+from albireo.arrays import pack_float32, pack_int32
 from albireo.errors import AlbireoError, Overloaded
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.frontend.calls import Context
 from scheduler_svc.frontend.completion import Completion, Delta
 from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.slots import WriteSlots
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
@@ -205,7 +206,7 @@ class _Sequence:
     def start(self, num_cached_tokens: int) -> None:
         self.completion.num_cached_tokens = num_cached_tokens
 
-    def receive(self, token_ids: list[int], now: float) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
         stream = self._stream
         metrics = stream._metrics
         metrics.num_output_tokens += len(token_ids)
@@ -215,7 +216,7 @@ class _Sequence:
             stream.first_token_came(now)
         self._last = now
         num_waiting_bytes = self.completion.num_waiting_bytes
-        num_kept = self.completion.receive(token_ids)
+        num_kept = self.completion.receive(token_ids, logprobs)
         if num_kept is not None:
             stream._link.truncate(self.sequence_id, num_kept)
         stream.changed(self)
@@ -261,18 +262,32 @@ def _submit(request: GenerationRequest) -> frontend_pb2.Submit:
         request_id=request.request_id,
         token_ids=pack_int32(request.token_ids),
         max_tokens=request.max_tokens,
-        sampling=plan_pb2.Sampling(
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            min_tokens=request.min_tokens,
-        ),
+        sampling=_sampling(request),
         stop_token_ids=pack_int32(request.stop_token_ids),
         ignore_eos=request.ignore_eos,
         priority=request.priority,
         tenant=request.tenant,
         remaining_s=remaining_s(request.deadline),
         min_output_tokens=_min_output_tokens(request),
+    )
+
+
+def _sampling(request: GenerationRequest) -> plan_pb2.Sampling:
+    logits = request.logits
+    return plan_pb2.Sampling(
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_tokens=request.min_tokens,
+        min_p=logits.min_p,
+        repetition_penalty=logits.repetition_penalty,
+        presence_penalty=logits.presence_penalty,
+        frequency_penalty=logits.frequency_penalty,
+        bias_token_ids=pack_int32(logits.bias_token_ids),
+        biases=pack_float32(logits.biases),
+        allowed_token_ids=pack_int32(logits.allowed_token_ids),
+        bad_words=[pack_int32(word) for word in logits.bad_words],
+        num_logprobs=logits.num_logprobs,
     )
 
 

@@ -2,12 +2,15 @@
 
 Rules that are not refusals:
 
-- An absent temperature, top_p or top_k is the model's (generation_config.json, as it stands there), else 1, 1, 0.
+- An absent temperature, top_p, top_k, min_p or repetition_penalty is the model's (generation_config.json, as it stands
+  there), else 1, 1, 0, 0, 1.
 - A temperature below 1e-5 is greedy: dividing by it would overflow.
 - top_k of the vocabulary's size or more is all, like 0.
 - max_tokens beyond what the context leaves ends at the context, with finish reason "length"; absent, it is what
   is left. min_tokens never exceeds it.
 - An absent seed is drawn here. Completion 0 of a request keeps the seed, the others have seeds derived from it.
+
+More of them, for what changes logits, in `logit_params`.
 """
 
 import math
@@ -21,6 +24,14 @@ import numpy as np
 from albireo.arrays import Int32Array
 from albireo.errors import InvalidRequest
 from scheduler_svc.frontend.deadline import NO_DEADLINE
+from scheduler_svc.frontend.logit_params import (
+    Encode,
+    LogitFields,
+    LogitParams,
+    check_logit_params,
+    check_min_p,
+    check_repetition_penalty,
+)
 
 MAX_COMPLETIONS = 128
 MAX_TEMPERATURE = 100.0
@@ -55,10 +66,12 @@ class SamplingDefaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFields:
+class SamplingFields(LogitFields):
     """Sampling parameters as a client sent them; None is absent."""
 
     temperature: float | None = None
@@ -111,6 +124,7 @@ class GenerationRequest:
     include_stop_str_in_output: bool
     skip_special_tokens: bool
     n: int
+    logits: LogitParams
     wants_text: bool
     wants_stop_token: bool
 
@@ -137,9 +151,10 @@ def check_text(fields: RequestFields, limits: Limits) -> str | None:
 
 
 def validate(
-    fields: RequestFields, prompt_ids: Sequence[int], limits: Limits, defaults: SamplingDefaults
+    fields: RequestFields, prompt_ids: Sequence[int], limits: Limits, defaults: SamplingDefaults, encode: Encode
 ) -> GenerationRequest:
-    """The request that ``fields`` ask for; ``prompt_ids`` are the prompt's tokens, whoever made them."""
+    """The request that ``fields`` ask for; ``prompt_ids`` are the prompt's tokens, whoever made them, and ``encode``
+    makes those of bad words."""
     sampling = fields.sampling
     token_ids = _prompt(fields.prompt_field, prompt_ids, limits)
     max_tokens, min_tokens = _lengths(sampling, limits.max_model_len - len(token_ids))
@@ -162,6 +177,7 @@ def validate(
         include_stop_str_in_output=sampling.include_stop_str_in_output,
         skip_special_tokens=sampling.skip_special_tokens,
         n=sampling.n,
+        logits=check_logit_params(sampling, encode, limits.vocab_size, defaults.min_p, defaults.repetition_penalty),
         wants_text=fields.wants_text,
         wants_stop_token=fields.wants_stop_token,
     )
@@ -181,6 +197,8 @@ def check_defaults(defaults: SamplingDefaults) -> None:
     """Raises InvalidRequest where a default would be refused from a client."""
     _temperature(defaults.temperature, defaults)
     _top_p(defaults.top_p, defaults)
+    check_min_p(defaults.min_p)
+    check_repetition_penalty(defaults.repetition_penalty)
 
 
 def _prompt(field: str, prompt_ids: Sequence[int], limits: Limits) -> Int32Array:

@@ -53,14 +53,16 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
                     await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
                 if delta.finish is not None:
                     num_tokens = num_sent.get(delta.index, 0)
-                    await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, []))
+                    await stream.write(
+                        context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, in_full=False)
+                    )
 
     async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
         with await self._core.open(fields, in_full=True) as stream:
             num_prompt_tokens = len(stream.request.token_ids)
             while (delta := await stream.next_delta()) is not None:
-                ids = delta.token_ids
-                await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, len(ids), ids))
+                num_tokens = len(delta.token_ids)
+                await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, in_full=True))
 
     async def Abort(self, request: Any, context: Context) -> Any:
         try:

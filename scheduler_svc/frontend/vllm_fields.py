@@ -14,13 +14,7 @@ from scheduler_svc.frontend.validation import RequestFields, SamplingFields
 
 # Field -> whether a request's value asks for something. The messages come without types.
 _UNSERVED_SAMPLING: dict[str, Callable[[Any], bool]] = {
-    "min_p": lambda params: params.min_p != 0,
-    "frequency_penalty": lambda params: params.frequency_penalty != 0,
-    "presence_penalty": lambda params: params.presence_penalty != 0,
-    "repetition_penalty": lambda params: params.repetition_penalty not in (0, 1),
-    "logprobs": lambda params: params.HasField("logprobs"),
     "prompt_logprobs": lambda params: params.HasField("prompt_logprobs"),
-    "logit_bias": lambda params: len(params.logit_bias) > 0,
     "truncate_prompt_tokens": lambda params: params.HasField("truncate_prompt_tokens"),
     "grammar_from_first_token": lambda params: params.grammar_from_first_token,
 }
@@ -44,7 +38,7 @@ def request_fields(request: Any, request_id: str, context: Context) -> RequestFi
 
     Raises NotServed for a parameter that is not served, InvalidRequest for a wrong one.
 
-    Scalars without presence: 0 is 1 for top_p and n, and all for top_k. What only shapes text
+    Scalars without presence: 0 is 1 for top_p, repetition_penalty and n, and all for top_k. What only shapes text
     (spaces_between_special_tokens) or repeats the prompt as text (tokenized.original_text) changes nothing: answers
     carry token ids.
     """
@@ -71,26 +65,47 @@ def chunk(delta: Delta, num_prompt_tokens: int) -> Any:
             prompt_tokens=num_prompt_tokens,
             completion_tokens=len(delta.token_ids),
             cached_tokens=delta.num_cached_tokens,
+            output_logprobs=_output_logprobs(delta),
             index=delta.index,
         )
     )
 
 
-def complete(delta: Delta, num_prompt_tokens: int, num_tokens: int, token_ids: list[int]) -> Any:
-    """A GenerateResponse with the end of a completion of ``num_tokens`` tokens; ``delta`` is its last."""
+def complete(delta: Delta, num_prompt_tokens: int, num_tokens: int, in_full: bool) -> Any:
+    """A GenerateResponse with the end of a completion of ``num_tokens`` tokens; ``delta`` is its last. ``in_full``: the
+    tokens come with the end, and not in chunks before it."""
     finish = delta.finish
     assert finish is not None
     return vllm_engine_pb2.GenerateResponse(
         complete=vllm_engine_pb2.GenerateComplete(
-            output_ids=token_ids,
+            output_ids=delta.token_ids if in_full else (),
             finish_reason=_FINISH_REASONS.get(finish.reason, "error"),
             prompt_tokens=num_prompt_tokens,
             completion_tokens=num_tokens,
             cached_tokens=delta.num_cached_tokens,
+            output_logprobs=_output_logprobs(delta) if in_full else None,
             index=delta.index,
             matched_token_id=finish.matched_token_id,
             matched_stop_str=finish.matched_stop_str,
         )
+    )
+
+
+def _output_logprobs(delta: Delta) -> Any:
+    """OutputLogProbs of a delta's tokens; None without logprobs. Three parallel arrays, the last one only where the
+    likeliest tokens are asked for."""
+    if not delta.logprobs:
+        return None
+    tops = [each.top for each in delta.logprobs if each.top]
+    return vllm_engine_pb2.OutputLogProbs(
+        token_logprobs=[each.logprob for each in delta.logprobs],
+        token_ids=delta.token_ids,
+        top_logprobs=[
+            vllm_engine_pb2.TopLogProbs(
+                values=[logprob for _, logprob in top], token_ids=[token_id for token_id, _ in top]
+            )
+            for top in tops
+        ],
     )
 
 
@@ -123,4 +138,10 @@ def _sampling_fields(params: Any) -> SamplingFields:
         include_stop_str_in_output=params.include_stop_str_in_output,
         skip_special_tokens=params.skip_special_tokens,
         n=params.n or 1,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty or 1.0,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=params.logit_bias,
+        logprobs=params.logprobs if params.HasField("logprobs") else None,
     )

@@ -14,6 +14,7 @@ from albireo.v1 import frontend_pb2, ledger_pb2_grpc, plan_pb2
 from albireo.watchdog import Watchdog
 from scheduler_svc.frontend.ledger import LedgerServicer
 from scheduler_svc.frontend.link import PlannerLink
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.load.config import LoadConfig
 from scheduler_svc.load.record import Record
 
@@ -88,7 +89,7 @@ class _Client:
     def start(self, num_cached_tokens: int) -> None:
         pass
 
-    def receive(self, token_ids: list[int], now: float) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
         self._load.took(len(token_ids))
 
     def end(self, ended: frontend_pb2.Ended) -> None:

@@ -1,22 +1,21 @@
 """Front ends' messages change the planner's state. Bounds are checked again: no front end can bypass them."""
 
 import functools
-import math
 from dataclasses import dataclass
 
 import grpc
 import numpy as np
 
-from albireo.arrays import Int32Array, pack_int32, unpack_int32
 from albireo.block_hash import root_hash
-from albireo.v1 import frontend_pb2, plan_pb2
+from albireo.v1 import frontend_pb2
 from scheduler_svc.planner.admission import find_blocks
 from scheduler_svc.planner.commit import Ended
 from scheduler_svc.planner.deadlines import watch_deadline
 from scheduler_svc.planner.messages import Refused
 from scheduler_svc.planner.rates import StepRates
+from scheduler_svc.planner.sampling import checked_sampling, token_ids
 from scheduler_svc.planner.sequence import EndReason, Place, Sequence
-from scheduler_svc.planner.state import Limits, PlannerState, end, submit
+from scheduler_svc.planner.state import PlannerState, end, submit
 
 _MAX_REMAINING_S = 1e9
 _root_hash = functools.lru_cache(maxsize=1024)(root_hash)
@@ -97,9 +96,9 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
         raise Refused(f"sequence_id {request.sequence_id} is running already")
     if state.queue.num_waiting >= limits.max_waiting and not request.is_resumed:
         raise Refused(f"{limits.max_waiting} sequences wait already", grpc.StatusCode.RESOURCE_EXHAUSTED)
-    prompt = _token_ids("token_ids", request.token_ids, limits)
-    output = _token_ids("output_token_ids", request.output_token_ids, limits)
-    stop_token_ids = _token_ids("stop_token_ids", request.stop_token_ids, limits)
+    prompt = token_ids("token_ids", request.token_ids, limits)
+    output = token_ids("output_token_ids", request.output_token_ids, limits)
+    stop_token_ids = token_ids("stop_token_ids", request.stop_token_ids, limits)
     if not 1 <= len(prompt) < limits.max_model_len:
         raise Refused(f"prompt of {len(prompt)} tokens; 1 to {limits.max_model_len - 1} fit the context")
     if request.max_tokens < 1:
@@ -119,22 +118,12 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
         token_ids=np.concatenate([prompt, output]) if len(output) else prompt,
         num_prompt_tokens=len(prompt),
         max_total_tokens=max_total_tokens,
-        sampling=_sampling(request, ends, limits),
+        sampling=checked_sampling(request, ends, limits),
         place=Place(-request.priority, arrival),
         stop_token_ids=ends,
         root=_root_hash(request.tenant),
         min_output_tokens=max(1, min(request.min_output_tokens, max_total_tokens - len(prompt))),
     )
-
-
-def _token_ids(name: str, packed: bytes, limits: Limits) -> Int32Array:
-    try:
-        ids = unpack_int32(packed)
-    except ValueError as error:
-        raise Refused(f"{name} are not packed int32: {error}") from error
-    if len(ids) and int(ids.view(np.uint32).max()) >= limits.vocab_size:  # as are negative ones
-        raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
-    return ids
 
 
 def _least_ns(state: PlannerState, sequence: Sequence, request: frontend_pb2.Submit, rates: StepRates) -> int:
@@ -163,17 +152,3 @@ def _already_over(sequence: Sequence) -> Ended | None:
     if len(sequence.token_ids) >= sequence.max_total_tokens:
         return Ended(sequence, EndReason.LENGTH)
     return None
-
-
-def _sampling(request: frontend_pb2.Submit, stop_token_ids: frozenset[int], limits: Limits) -> plan_pb2.Sampling:
-    """The request's sampling parameters, with the ids that min_tokens forbids: those that would end the sequence."""
-    sampling = request.sampling
-    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
-        raise Refused(f"temperature {sampling.temperature}; a finite number >= 0")
-    if not 0 < sampling.top_p <= 1:
-        raise Refused(f"top_p {sampling.top_p}; in (0, 1]")
-    if sampling.min_tokens:
-        if len(stop_token_ids) >= limits.vocab_size:
-            raise Refused("with min_tokens, the stop_token_ids leave no token to sample")
-        sampling.suppressed_token_ids = pack_int32(sorted(stop_token_ids))
-    return sampling

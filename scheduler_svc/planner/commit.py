@@ -6,6 +6,7 @@ import numpy as np
 
 from albireo.arrays import Int32Array, Int64Array
 from albireo.errors import GroupError
+from albireo.logprobs import Logprobs, join, places_where
 from scheduler_svc.planner.sequence import EndReason, Sequence, Status
 from scheduler_svc.planner.state import PlannerState, StepRecord, end, requeue_drained
 
@@ -19,17 +20,22 @@ class Ended(NamedTuple):
 
 
 class Committed(NamedTuple):
-    """What a step brought: parallel arrays [number of tokens that count], and the sequences that ended with it."""
+    """What a step brought: parallel arrays [number of tokens that count], and the sequences that ended with it.
+    ``logprobs``: of those of the tokens whose sequences want them; None where none does."""
 
     frontends: Int32Array
     sequence_ids: Int64Array
     token_ids: Int32Array
     ended: list[Ended]
     beginners: list[Sequence]  # whose first output token is among them
+    logprobs: Logprobs | None = None
 
 
-def commit_step(state: PlannerState, step_id: int, token_ids: Int32Array) -> Committed:
-    """Books the tokens of the oldest step in flight; ``token_ids`` [rows that sampled], in row order.
+def commit_step(
+    state: PlannerState, step_id: int, token_ids: Int32Array, logprobs: Logprobs | None = None
+) -> Committed:
+    """Books the tokens of the oldest step in flight; ``token_ids`` [rows that sampled], in row order, and ``logprobs``
+    of some of them.
 
     The row of a slot that has changed hands since belongs to a preempted sequence, which gets its token, or to one that
     has ended, whose token is dropped. Raises GroupError when the result does not belong to that step.
@@ -43,9 +49,12 @@ def commit_step(state: PlannerState, step_id: int, token_ids: Int32Array) -> Com
         has_left = is_left[slots]
         slots, tokens = slots[~has_left], tokens[~has_left]
     committed = _commit_running(state, record, slots, tokens, beginners)
+    drained_rows: list[int] = []
     if state.draining:
-        committed = _commit_draining(state, record, token_ids, committed)
+        committed, drained_rows = _commit_draining(state, record, token_ids, committed)
         requeue_drained(state, step_id)
+    if logprobs is not None:
+        committed = committed._replace(logprobs=_kept(logprobs, record, drained_rows))
     state.pool.release(step_id)
     return committed
 
@@ -82,13 +91,16 @@ def _commit_running(
     return committed
 
 
-def _commit_draining(state: PlannerState, record: StepRecord, token_ids: Int32Array, committed: Committed) -> Committed:
-    """Tokens that steps in flight sampled for preempted sequences; one by one, since preemption is rare."""
+def _commit_draining(
+    state: PlannerState, record: StepRecord, token_ids: Int32Array, committed: Committed
+) -> tuple[Committed, list[int]]:
+    """Tokens that steps in flight sampled for preempted sequences, one by one, since preemption is rare; and their
+    rows, ascending."""
     rows = {slot: row for row, slot in enumerate(record.slots.tolist()) if slot in record.left}
-    taken = [(sequence, rows[slot]) for slot, sequence in record.left.items() if slot in rows]
+    taken = [(record.left[slot], row) for slot, row in rows.items()]
     taken = [(sequence, row) for sequence, row in taken if sequence.status is Status.DRAINING]
     if not taken:
-        return committed
+        return committed, []
     for sequence, row in taken:
         sequence.token_ids = np.append(sequence.token_ids, token_ids[row])
         token, num_tokens = int(token_ids[row]), len(sequence.token_ids)
@@ -98,11 +110,21 @@ def _commit_draining(state: PlannerState, record: StepRecord, token_ids: Int32Ar
         elif num_tokens >= sequence.max_total_tokens:
             end(state, sequence)
             committed.ended.append(Ended(sequence, EndReason.LENGTH))
-    sequences = [sequence for sequence, _ in taken]
-    return Committed(
-        frontends=np.append(committed.frontends, np.array([each.frontend for each in sequences], dtype=np.int32)),
-        sequence_ids=np.append(committed.sequence_ids, np.array([each.sequence_id for each in sequences])),
-        token_ids=np.append(committed.token_ids, token_ids[[row for _, row in taken]]),
-        ended=committed.ended,
-        beginners=committed.beginners,
+    sequences, taken_rows = [sequence for sequence, _ in taken], [row for _, row in taken]
+    return (
+        committed._replace(
+            frontends=np.append(committed.frontends, np.array([each.frontend for each in sequences], dtype=np.int32)),
+            sequence_ids=np.append(committed.sequence_ids, np.array([each.sequence_id for each in sequences])),
+            token_ids=np.append(committed.token_ids, token_ids[taken_rows]),
+        ),
+        taken_rows,
     )
+
+
+def _kept(logprobs: Logprobs, record: StepRecord, drained_rows: list[int]) -> Logprobs | None:
+    """Logprobs beside a step's rows -> beside the tokens that count: those of running sequences, then the drained."""
+    running = np.array([slot not in record.left for slot in record.slots.tolist()], dtype=np.bool_)
+    drained = np.full(len(running), -1, dtype=np.int32)
+    drained[drained_rows] = np.arange(len(drained_rows)) + running.sum()
+    kept = join([logprobs.of_tokens(places_where(running)), logprobs.of_tokens(drained)])
+    return kept if len(kept.indices) else None

@@ -12,6 +12,7 @@ import structlog
 from grpc import aio
 
 from albireo.arrays import Int32Array, Int64Array
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.outbox import Outbox
 
@@ -97,11 +98,13 @@ class FrontEnds:
         frontend.gone.set()
         frontend.outbox.wake()
 
-    def post_tokens(self, index: int, sequence_ids: Int64Array, token_ids: Int32Array) -> None:
-        """Two parallel arrays, in the order sampled."""
+    def post_tokens(
+        self, index: int, sequence_ids: Int64Array, token_ids: Int32Array, logprobs: Logprobs | None
+    ) -> None:
+        """Two parallel arrays, in the order sampled; logprobs of some of the tokens."""
         frontend = self._attached.get(index)
         if frontend is not None:
-            frontend.outbox.add_tokens(sequence_ids, token_ids)
+            frontend.outbox.add_tokens(sequence_ids, token_ids, logprobs)
 
     def post_started(self, index: int, sequence_id: int, num_cached_tokens: int) -> None:
         frontend = self._attached.get(index)

@@ -5,25 +5,36 @@ import asyncio
 import numpy as np
 
 from albireo.arrays import Int32Array, Int64Array, pack_int32, pack_uint64
+from albireo.logprobs import Logprobs, encode, join
 from albireo.v1 import frontend_pb2
 
 
 class Outbox:
-    """Tokens and ends that merge into one message however many steps they came from."""
+    """Tokens and ends that merge into one message however many steps they came from.
+
+    Attributes:
+        backlog_tokens: waiting; the likeliest ones of logprobs count like sampled ones.
+    """
 
     def __init__(self) -> None:
         self._sequence_ids: list[Int64Array] = []
         self._token_ids: list[Int32Array] = []
+        self._logprobs: list[Logprobs] = []
+        self._num_tokens = 0
         self._ended: list[frontend_pb2.Ended] = []
         self._started: list[tuple[int, int]] = []
         self._load: frontend_pb2.Load | None = None
         self._filled = asyncio.Event()
         self.backlog_tokens = 0
 
-    def add_tokens(self, sequence_ids: Int64Array, token_ids: Int32Array) -> None:
-        """Two parallel arrays, in the order sampled."""
+    def add_tokens(self, sequence_ids: Int64Array, token_ids: Int32Array, logprobs: Logprobs | None = None) -> None:
+        """Two parallel arrays, in the order sampled; logprobs of some of the tokens."""
+        if logprobs is not None and len(logprobs.indices):
+            self._logprobs.append(logprobs._replace(indices=logprobs.indices + np.int32(self._num_tokens)))
+            self.backlog_tokens += len(logprobs.top_token_ids)
         self._sequence_ids.append(sequence_ids)
         self._token_ids.append(token_ids)
+        self._num_tokens += len(token_ids)
         self.backlog_tokens += len(token_ids)
         self._filled.set()
 
@@ -51,10 +62,13 @@ class Outbox:
         if self._token_ids:
             message.token_sequence_ids = pack_uint64(np.concatenate(self._sequence_ids))
             message.token_ids = pack_int32(np.concatenate(self._token_ids))
+        if self._logprobs:
+            message.logprobs.CopyFrom(encode(join(self._logprobs)))
+            self._logprobs = []
         if self._started:
             sequence_ids, num_cached_tokens = zip(*self._started, strict=True)
             message.started_sequence_ids = pack_uint64(sequence_ids)
             message.started_num_cached_tokens = pack_int32(num_cached_tokens)
         self._sequence_ids, self._token_ids, self._ended, self._started, self._load = [], [], [], [], None
-        self.backlog_tokens = 0
+        self._num_tokens = self.backlog_tokens = 0
         return message

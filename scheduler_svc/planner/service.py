@@ -18,6 +18,7 @@ import structlog
 
 from albireo.arrays import BoolArray, Int32Array
 from albireo.errors import GroupError, GroupUnavailable
+from albireo.logprobs import places_where
 from albireo.plan import StepResult
 from albireo.rpc import Health
 from albireo.v1 import frontend_pb2, plan_pb2
@@ -137,7 +138,7 @@ class Planner:
                 continue
             start_ns = time.monotonic_ns()
             try:
-                committed.append(commit_step(self._state, result.step_id, result.token_ids))
+                committed.append(commit_step(self._state, result.step_id, result.token_ids, result.logprobs))
             except GroupError as error:
                 self._stream.fail(str(error))
                 self._lose_group(str(error))
@@ -187,7 +188,10 @@ class Planner:
             sequence.first_token_ns = now_ns
             self.frontends.post_started(sequence.frontend, sequence.sequence_id, sequence.num_cached_tokens)
         for index, mine in _by_frontend(committed.frontends):
-            self.frontends.post_tokens(index, committed.sequence_ids[mine], committed.token_ids[mine])
+            logprobs = committed.logprobs
+            if logprobs is not None and not isinstance(mine, slice):
+                logprobs = logprobs.of_tokens(places_where(mine))
+            self.frontends.post_tokens(index, committed.sequence_ids[mine], committed.token_ids[mine], logprobs)
         for ended in committed.ended:
             self._post_ended(ended, now_ns)
 

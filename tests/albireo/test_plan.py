@@ -32,6 +32,9 @@ samplings = st.builds(
     seed=uint64,
     min_tokens=st.integers(0, 2**32 - 1),
     suppressed_token_ids=int32s.map(lambda values: values.tobytes()),
+    min_p=st.floats(0, 1, width=32),
+    bad_words=st.lists(int32s.map(lambda values: values.tobytes()), max_size=2),
+    num_logprobs=st.none() | st.integers(0, 20),
 )
 new_sequences = st.builds(
     NewSequence,

@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from smg_grpc_proto import vllm_engine_pb2 as vllm
 from tokenizers import Tokenizer
 
+from albireo.arrays import pack_float32, pack_int32
 from albireo.rpc import CHANNEL_OPTIONS, MAX_MESSAGE_BYTES
 from albireo.v1 import generation_pb2 as pb
 from fuzzing import any_message, damaged, mutated, weighted
@@ -65,6 +66,7 @@ class Meaning:
     temperature: float
     seed: int | None
     n: int
+    bad_words: list[list[int]] = field(repr=False)  # token ids
     wrong: set[str] = field(default_factory=set)  # fields with values that cannot be served
     unserved: set[str] = field(default_factory=set)  # parameters that are not served
 
@@ -88,6 +90,13 @@ class Meaning:
             temperature=0.0 if greedy else self.temperature,
             seed=0 if greedy or self.seed is None else self.seed % (1 << 64),
             min_tokens=min(self.params.min_tokens, self.max_tokens),
+            repetition_penalty=self.params.repetition_penalty,
+            presence_penalty=self.params.presence_penalty,
+            frequency_penalty=self.params.frequency_penalty,
+            bias_token_ids=pack_int32(sorted(self.params.logit_bias)),
+            biases=pack_float32([min(100, max(-100, bias)) for _, bias in sorted(self.params.logit_bias.items())]),
+            allowed_token_ids=pack_int32(allowed_ids(self.params)),
+            bad_words=[pack_int32(word) for word in self.bad_words],
         )
 
     def is_determined(self, index: int) -> bool:
@@ -104,8 +113,12 @@ def native_meaning(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Meaning
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         seed=params.seed if params.HasField("seed") else None,
         n=params.n if params.HasField("n") else 1,
+        bad_words=[list(word.ids) for word in params.bad_words_token_ids],
         wrong=wrong,
     )
+    if params.HasField("repetition_penalty") and params.repetition_penalty == 0:
+        meaning.wrong.add("repetition_penalty")
+    meaning.wrong |= wrong_words(meaning, tokenizer)
     meaning.wrong |= wrong_fields(meaning, params.top_p if params.HasField("top_p") else 1.0, request.request_id)
     return meaning
 
@@ -120,6 +133,7 @@ def engine_meaning(request: Any, tokenizer: Tokenizer) -> Meaning:
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         seed=params.seed if params.HasField("seed") else None,
         n=params.n or 1,
+        bad_words=[],
         wrong=wrong,
         unserved=unserved_fields(request),
     )
@@ -127,6 +141,34 @@ def engine_meaning(request: Any, tokenizer: Tokenizer) -> Meaning:
     if request.data_parallel_rank < 0:
         meaning.wrong.add("data_parallel_rank")
     return meaning
+
+
+def allowed_ids(params: Any) -> list[int]:
+    is_given = "allowed_token_ids" in params.DESCRIPTOR.fields_by_name
+    return list(params.allowed_token_ids.ids) if is_given else []
+
+
+def wrong_words(meaning: Meaning, tokenizer: Tokenizer) -> set[str]:
+    """Wrong fields of those that only the native API has; adds the bad words of text to the meaning's."""
+    params = meaning.params
+    wrong = {"bad_words_token_ids"} if any(not is_word(word) for word in meaning.bad_words) else set()
+    if len(params.bad_words) + len(params.bad_words_token_ids) > 256:
+        return wrong | {"bad_words" if params.bad_words else "bad_words_token_ids"}
+    for text in params.bad_words:
+        if len(text) > 1024:
+            return wrong | {"bad_words"}
+        bare, spaced = (tokenizer.encode(lead + text.lstrip(), add_special_tokens=False).ids for lead in ("", " "))
+        words = [bare, spaced] if bare and len(bare) == len(spaced) and bare[0] != spaced[0] else [bare]
+        meaning.bad_words += words
+        wrong |= {"bad_words"} if not all(map(is_word, words)) else set()
+    ids = params.allowed_token_ids.ids
+    if params.HasField("allowed_token_ids") and (not ids or any(token >= VOCAB_SIZE for token in ids)):
+        wrong.add("allowed_token_ids")
+    return wrong
+
+
+def is_word(ids: list[int]) -> bool:
+    return 1 <= len(ids) <= 64 and all(0 <= token < VOCAB_SIZE for token in ids)
 
 
 def prompt_of(
@@ -150,6 +192,13 @@ def wrong_fields(meaning: Meaning, top_p: float, request_id: str) -> set[str]:
         "temperature": not (math.isfinite(meaning.temperature) and 0 <= meaning.temperature <= 100),
         "top_p": not 0 < top_p <= 1,
         "n": not 1 <= meaning.n <= 128,
+        "min_p": not 0 <= params.min_p <= 1,
+        "repetition_penalty": not 0 <= params.repetition_penalty < math.inf,
+        "presence_penalty": not -2 <= params.presence_penalty <= 2,
+        "frequency_penalty": not -2 <= params.frequency_penalty <= 2,
+        "logit_bias": len(params.logit_bias) > 1024
+        or not all(0 <= one < VOCAB_SIZE and math.isfinite(bias) for one, bias in params.logit_bias.items()),
+        "logprobs": not 0 <= params.logprobs <= 20,
         "max_tokens": params.HasField("max_tokens") and params.max_tokens == 0,
         "min_tokens": params.HasField("max_tokens") and params.min_tokens > params.max_tokens,
         "stop": len(params.stop) > 64 or any(not 1 <= len(stop) <= 1024 for stop in params.stop),
@@ -164,6 +213,7 @@ def wrong_fields(meaning: Meaning, top_p: float, request_id: str) -> set[str]:
 _SERVED = {"request_id", "tokenized", "text", "sampling_params", "stream"}
 _SERVED_SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids"}
 _SERVED_SAMPLING |= {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "n"}
+_SERVED_SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"}
 _SERVED_SAMPLING |= {"spaces_between_special_tokens"}  # asks for nothing: answers are token ids
 
 
@@ -173,7 +223,7 @@ def unserved_fields(request: Any) -> set[str]:
         names.discard("data_parallel_rank")
     for one, value in request.sampling_params.ListFields():
         is_neutral = not one.has_presence and is_zero(value)
-        if one.name not in _SERVED_SAMPLING and not is_neutral and (one.name, value) != ("repetition_penalty", 1.0):
+        if one.name not in _SERVED_SAMPLING and not is_neutral:
             names.add(one.name)
     return names
 
@@ -274,6 +324,7 @@ def read_native(responses: list[pb.GenerateResponse]) -> dict[int, Completion]:
         assert one.finish is None, "something follows the end"
         one.tokens += response.token_ids
         one.text += response.text
+        assert len(response.logprobs) in (0, len(response.token_ids))
         one.finish = response.finish if response.HasField("finish") else None
     return completions
 

@@ -29,7 +29,7 @@ from load import (
     wait_for_metrics,
 )
 from services import fixed_ports, read_metrics, scheduler, worker_group
-from worker_svc.stub.truth import mix
+from worker_svc.stub.hashing import mix
 
 pytestmark = pytest.mark.e2e
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from albireo_kernels.bench import __main__ as command
+from albireo_kernels.bench import machine
 from albireo_kernels.bench.limits import Cost, Limit, Rate, Rates, limit_of
 from albireo_kernels.bench.measure import Measurement
 from albireo_kernels.bench.settings import QUICK
@@ -143,7 +144,7 @@ def test_rates_only(tmp_path: Path) -> None:
 def test_an_instruction_set_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "detect_isa", lambda: Isa.AVX2)
+    monkeypatch.setattr(machine, "detect_isa", lambda: Isa.AVX2)
     assert command.main(["--isa", "amx"]) == 2
     assert "avx2 at most" in capsys.readouterr().err
 

@@ -30,7 +30,7 @@ class RecordingCpuEngine(CpuEngine):
         assert self._programs is not None
         assert self._group is not None
         self._device.run(self._forward, step_data(batch, self._last_tokens))
-        self.recorded.append(self._group.logits[: len(batch.sample_rows)].copy())
+        self.recorded.append(self._group.sampling.logits[: len(batch.sample_rows)].copy())
         sampling = step_data(batch, self._last_tokens)
         self._device.submit(Program(), self._programs.sample, sampling)
         return CpuStep(self._device, sampling)

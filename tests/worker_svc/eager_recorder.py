@@ -7,6 +7,7 @@ from albireo.arrays import Float32Array
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig
 from worker_svc.torch_engine.engine import TorchEngine
+from worker_svc.torch_engine.sampler import Sampled
 
 
 class RecordingTorchEngine(TorchEngine):
@@ -16,7 +17,7 @@ class RecordingTorchEngine(TorchEngine):
         super().__init__(config)
         self.recorded: list[Float32Array] = []
 
-    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Tensor:
+    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Sampled:
         decoder = self._loaded()
         if len(logits_shard):
             gathered = decoder.group.all_gather(logits_shard, decoder.shard.vocab_widths)

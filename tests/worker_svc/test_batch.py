@@ -131,10 +131,12 @@ def test_a_resumed_sequence_keeps_its_output_position_and_its_min_tokens():
     resumed = new_sequence(0, 5, [1, 2], num_prompt=2, min_tokens=4, suppressed_token_ids=ints(8).tobytes())
     batch = state.apply(StepPlan(1, 0, Rows(ints(0), ints(5), np.array([True])), new_sequences=(resumed,)))
     assert batch.output_positions.tolist() == [3]
-    assert [(row, ids.tolist()) for row, ids in batch.sampling.suppressed] == [(0, [8])]
+    assert [(each.row, each.ids.tolist(), each.biases.tolist()) for each in batch.sampling.edits] == [
+        (0, [8], [-np.inf])
+    ]
     batch = state.apply(StepPlan(1, 1, None))
     assert batch.output_positions.tolist() == [4]
-    assert batch.sampling.suppressed == ()
+    assert batch.sampling.edits == ()
 
 
 def test_sampling_parameters_are_copied_into_the_batch():
@@ -146,6 +148,42 @@ def test_sampling_parameters_are_copied_into_the_batch():
     state.apply(StepPlan(1, 1, decode_rows(ints(0)), finished_slots=ints(0), new_sequences=(taken_over,)))
     assert batch.sampling.temperature.tolist() == [0.5]
     assert batch.sampling.seed.tolist() == [7]
+
+
+def test_edits_and_penalties_reach_the_rows_that_have_them():
+    """A bad word of one token is a bias; allowed ids are bits; where sampling looks at tokens, they come along once."""
+    state = make_state()
+    sampling = {
+        "bias_token_ids": ints(7).tobytes(),
+        "biases": np.array([1.5], dtype=np.float32).tobytes(),
+        "bad_words": [ints(9).tobytes(), ints(3, 4).tobytes()],
+        "allowed_token_ids": ints(0, 33).tobytes(),
+        "num_logprobs": 2,
+    }
+    new = (new_sequence(0, 3, [1]), new_sequence(2, 4, [2], num_prompt=3, **sampling))
+    rows = Rows(ints(0, 2), ints(3, 4), np.array([True, True]))
+    batch = state.apply(StepPlan(1, 0, rows, new_sequences=new))
+    ((slot, tokens, num_prompt),) = ((one.slot, one.token_ids, one.num_prompt_tokens) for one in batch.histories)
+    assert (slot, tokens.tolist(), num_prompt) == (2, [100, 101, 102, 103], 3)
+    (edits,) = batch.sampling.edits
+    assert (edits.row, edits.ids.tolist(), edits.biases.tolist()) == (1, [7, 9], [1.5, -np.inf])
+    assert [word.tolist() for word in edits.bad_words] == [[3, 4]]
+    assert edits.allowed is not None
+    assert edits.allowed[:2].tolist() == [1, 2]
+    assert batch.sampling.num_logprobs.tolist() == [-1, 2]
+    assert (batch.sampling.wants_logprobs, batch.sampling.has_penalties) == (True, False)
+    again = state.apply(StepPlan(1, 1, None, append_slots=ints(2), append_blocks=ints(3)))
+    assert again.histories == ()
+    assert [each.row for each in again.sampling.edits] == [1]
+
+
+def test_penalties_come_with_the_tokens_that_they_count():
+    state = make_state()
+    new = new_sequence(1, 2, [1], frequency_penalty=0.5)
+    batch = state.apply(StepPlan(1, 0, Rows(ints(1), ints(2), np.array([True])), new_sequences=(new,)))
+    assert [each.slot for each in batch.histories] == [1]
+    assert batch.sampling.has_penalties
+    assert (batch.sampling.repetition_penalty.tolist(), batch.sampling.frequency_penalty.tolist()) == ([1], [0.5])
 
 
 def test_a_gap_in_the_stream_is_an_error():
@@ -206,19 +244,27 @@ def test_what_is_out_of_range_is_an_error_and_a_new_epoch_heals_it(plan: StepPla
 
 
 def assert_same(first: InputBatch, second: InputBatch) -> None:
-    for name in [field.name for field in dataclasses.fields(first) if field.name not in ("block_tables", "sampling")]:
+    apart = ("block_tables", "sampling", "histories")
+    for name in [field.name for field in dataclasses.fields(first) if field.name not in apart]:
         assert getattr(first, name).tolist() == getattr(second, name).tolist(), name
     for row, context_len in enumerate(first.context_lens):
         num_blocks = -(-context_len // BLOCK_SIZE)
         assert first.block_tables[row, :num_blocks].tolist() == second.block_tables[row, :num_blocks].tolist()
-    for name in ("temperature", "top_p", "top_k", "seed"):
-        assert getattr(first.sampling, name).tolist() == getattr(second.sampling, name).tolist()
-    assert [row for row, _ in first.sampling.suppressed] == [row for row, _ in second.sampling.suppressed]
+    for field in dataclasses.fields(first.sampling):
+        one, other = getattr(first.sampling, field.name), getattr(second.sampling, field.name)
+        if isinstance(one, np.ndarray):
+            assert one.tolist() == other.tolist()
+        elif field.name == "edits":
+            assert [(each.row, each.ids.tolist()) for each in one] == [(each.row, each.ids.tolist()) for each in other]
+        else:
+            assert one == other
+    assert [each.slot for each in first.histories] == [each.slot for each in second.histories]
 
 
 small = st.integers(-2, 18)
 integers = st.one_of(small, st.integers(-(2**31), 2**31 - 1))
 arrays = st.lists(integers, max_size=4).map(lambda values: ints(*values))
+packed = st.one_of(st.just(b""), arrays.map(np.ndarray.tobytes), st.binary(max_size=9))
 unsigned = st.one_of(st.integers(0, 18), st.integers(0, 2**32 - 1))
 
 
@@ -232,7 +278,13 @@ def plans(draw: st.DrawFn, step_id: int) -> StepPlan:
         samples = draw(st.lists(st.booleans(), min_size=len(slots), max_size=len(slots)))
         rows = Rows(slots, ints(*counts), np.array(samples, dtype=np.bool_))
     sampling = plan_pb2.Sampling(
-        top_k=draw(unsigned), min_tokens=draw(unsigned), suppressed_token_ids=draw(st.binary(max_size=9))
+        top_k=draw(unsigned),
+        min_tokens=draw(unsigned),
+        suppressed_token_ids=draw(st.binary(max_size=9)),
+        bias_token_ids=draw(packed),
+        biases=draw(packed),
+        allowed_token_ids=draw(packed),
+        bad_words=draw(st.lists(packed, max_size=2)),
     )
     new = [
         NewSequence(draw(unsigned), draw(arrays), draw(unsigned), draw(unsigned), draw(arrays), sampling)
@@ -269,4 +321,8 @@ def test_no_plan_does_more_harm_than_a_group_error(data: st.DataObject):
         assert ((batch.token_ids >= 0) & (batch.token_ids < 200)).all()
         assert ((batch.slots >= 0) & (batch.slots < 3)).all()
         assert (np.diff(batch.query_starts) > 0).all()
-        assert all(((ids >= 0) & (ids < 200)).all() for _, ids in batch.sampling.suppressed)
+        for each in batch.sampling.edits:
+            for ids in (each.ids, *each.bad_words):
+                assert ((ids >= 0) & (ids < 200)).all()
+            assert len(each.ids) == len(each.biases)
+            assert each.allowed is None or len(each.allowed) == 7

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from albireo.arrays import Float32Array
 from albireo.model_spec import ModelSpec
 from albireo_kernels import cpu
-from albireo_kernels.cpu import Dtype, Epilogue, Extent, KvBlocks, Op, Program, Rows
+from albireo_kernels.cpu import Dtype, Epilogue, Extent, KvBlocks, Op, Program, RankSampling, Rows, SlotTokens
 from worker_svc.cpu_engine.activations import Activations, ProductInput
 from worker_svc.cpu_engine.shared import GroupBuffers
 from worker_svc.cpu_engine.weights import LayerWeights, Linear, ModelWeights
@@ -48,14 +48,23 @@ class Programs:
     sample: Program
 
 
-def capture(model: Model, kv: Sequence[KvBlocks], activations: Activations, group: GroupBuffers) -> Programs:
+def capture(
+    model: Model,
+    kv: Sequence[KvBlocks],
+    activations: Activations,
+    group: GroupBuffers,
+    slot_tokens: SlotTokens,
+    sampler: str,
+) -> Programs:
     """The programs of one rank.
 
     Args:
         kv: the cache of each layer.
+        sampler: one of `albireo_kernels.cpu.SCHEMES`.
     """
-    sample = cpu.sample(group.logits, group.tokens, activations.sample_scratch)
-    return Programs(Program(_Capture(model, kv, activations, group).forward()), Program([sample]))
+    own = RankSampling(model.shard.rank, model.shard.vocab, slot_tokens, activations.sample_scratch)
+    sample = cpu.sampling_ops(sampler, group.sampling, own)
+    return Programs(Program(_Capture(model, kv, activations, group).forward()), Program(sample))
 
 
 class _Capture:
@@ -118,7 +127,7 @@ class _Capture:
     def _lm_head(self) -> None:
         ids = self._model.shard.vocab
         if ids:
-            logits = Rows.of(self._group.logits[:, ids.start : ids.stop])
+            logits = Rows.of(self._group.sampling.logits[:, ids.start : ids.stop])
             head = self._model.weights.lm_head
             self._multiply(self._activations.sampling, head, logits, extent=Extent.EACH_SAMPLE)
 

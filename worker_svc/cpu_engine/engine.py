@@ -13,7 +13,17 @@ import numpy as np
 from albireo.arrays import Float32Array
 from albireo.errors import ConfigError
 from albireo.model_spec import ModelSpec, load_model_spec
-from albireo_kernels.cpu import MAX_GROUP, MAX_HEAD_DIM, UNPINNED, Device, Dtype, KvBlocks, Library, allocate
+from albireo_kernels.cpu import (
+    MAX_GROUP,
+    MAX_HEAD_DIM,
+    UNPINNED,
+    Device,
+    Dtype,
+    KvBlocks,
+    Library,
+    SlotTokens,
+    allocate,
+)
 from worker_svc.batch import InputBatch
 from worker_svc.cpu_engine.activations import Activations, make_activations
 from worker_svc.cpu_engine.capture import Model, Programs, capture
@@ -35,6 +45,7 @@ class _Loaded:
 
     model: Model
     activations: Activations
+    slot_tokens: SlotTokens
 
 
 class CpuEngine:
@@ -78,6 +89,7 @@ class CpuEngine:
                 config.max_num_seqs,
                 self._device.num_threads,
             ),
+            SlotTokens(config.max_num_seqs, min(max_model_len, spec.vocab_size)),
         )
         block_bytes = spec.num_layers * KvBlocks.block_bytes(library, dtype, len(shard.kv_heads), spec.head_dim)
         return EngineInfo(
@@ -109,7 +121,9 @@ class CpuEngine:
                 for _ in range(model.spec.num_layers)
             )
             self._num_blocks = num_blocks
-        self._programs = capture(model, self._kv, self._loaded.activations, self._group)
+        self._programs = capture(
+            model, self._kv, self._loaded.activations, self._group, self._loaded.slot_tokens, self._config.sampler
+        )
 
     def launch(self, batch: InputBatch) -> CpuStep:
         assert self._programs is not None, "launch before allocate"
@@ -126,7 +140,7 @@ class CpuEngine:
         assert self._group is not None
         assert self._config.tp_size == 1, "other ranks may still write theirs"
         self._device.run(self._programs.forward, step_data(batch, self._last_tokens))
-        return self._group.logits[: len(batch.sample_rows)].copy()
+        return self._group.sampling.logits[: len(batch.sample_rows)].copy()
 
     def abort(self) -> None:
         self._rendezvous.abort()

@@ -108,7 +108,7 @@ def _logits(model_path: Path, quantize: str, windows: Sequence[Int32Array]) -> I
 def _batch(window: Int32Array) -> InputBatch:
     """A row for each token of one sequence: the keys and values of all are written before the first row reads any."""
     count = len(window)
-    rows, ones = np.arange(count), np.ones(count, dtype=np.float32)
+    rows = np.arange(count)
     zeros = np.zeros(count, dtype=np.int32)
     blocks = np.arange(-(-count // BLOCK_SIZE), dtype=np.int32)
     return InputBatch(
@@ -124,7 +124,7 @@ def _batch(window: Int32Array) -> InputBatch:
         sample_rows=rows,
         sample_slots=zeros,
         output_positions=rows,
-        sampling=RowSampling(0 * ones, ones, zeros, np.zeros(count, dtype=np.uint64), ()),
+        sampling=RowSampling.greedy(count),
     )
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from albireo.arrays import Float32Array, Int32Array
+from albireo.arrays import Float32Array
 from albireo.errors import GroupError
-from albireo_kernels.cpu import GroupMemory, Library, allocate
+from albireo_kernels.cpu import CANDIDATES, TOKEN_LOGPROBS, GroupMemory, Library, SharedSampling, allocate
 
 _MEETING_TIMEOUT_S = 60.0
 _POLL_S = 0.01
@@ -40,14 +40,12 @@ class GroupBuffers:
         meeting: where their devices meet; None for a rank alone.
         partials: two by turns, each of every rank: [max_num_batched_tokens, hidden], its part of a sum. Two, because a
             rank may be one meeting ahead of those that still add up the last. None of a rank alone.
-        logits: [max_num_seqs, vocab_size]; each rank writes the columns of its ids.
-        tokens: [max_num_seqs].
+        sampling: of max_num_seqs rows.
     """
 
     meeting: _Bytes | None
     partials: tuple[tuple[Float32Array, ...], tuple[Float32Array, ...]]
-    logits: Float32Array
-    tokens: Int32Array
+    sampling: SharedSampling
 
 
 class Rendezvous:
@@ -121,10 +119,13 @@ class Rendezvous:
 def _shapes(sizes: GroupSizes) -> list[tuple[int, ...]]:
     """Of the arrays, all of 4-byte elements, in the order in which they lie in the memory."""
     num_partials = 2 * sizes.tp_size if sizes.tp_size > 1 else 0
+    logits = (sizes.max_num_seqs, -(-sizes.vocab_size // 16) * 16)  # rows begin at 64 bytes
     return [
         *[(sizes.max_num_batched_tokens, sizes.hidden_size)] * num_partials,
-        (sizes.max_num_seqs, -(-sizes.vocab_size // 16) * 16),  # rows begin at 64 bytes
+        *[(sizes.max_num_seqs, CANDIDATES.itemsize // 4)] * sizes.tp_size,
+        *[logits] * 2,
         (sizes.max_num_seqs,),
+        (sizes.max_num_seqs, TOKEN_LOGPROBS.itemsize // 4),
     ]
 
 
@@ -142,6 +143,14 @@ def _buffers(memory: _Bytes | None, sizes: GroupSizes, start: int) -> GroupBuffe
         else:
             arrays.append(memory[start : start + num_used].view(np.float32).reshape(shape))
         start += _num_bytes(shape)
-    *partials, logits, tokens = arrays
+    *others, logits, raw, tokens, logprobs = arrays
+    partials, candidates = others[: -sizes.tp_size], others[-sizes.tp_size :]
     by_turns = tuple(partials[: sizes.tp_size]), tuple(partials[sizes.tp_size :])
-    return GroupBuffers(memory, by_turns, logits[:, : sizes.vocab_size], tokens.view(np.int32))
+    sampling = SharedSampling(
+        logits=logits[:, : sizes.vocab_size],
+        raw=raw[:, : sizes.vocab_size],
+        candidates=[array.view(CANDIDATES)[:, 0] for array in candidates],
+        tokens=tokens.view(np.int32),
+        logprobs=logprobs.view(TOKEN_LOGPROBS)[:, 0],
+    )
+    return GroupBuffers(memory, by_turns, sampling)

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import Int32Array, Int64Array
+from albireo.arrays import Int32Array
+from albireo.logprobs import Logprobs
+from albireo_kernels import cpu
 from albireo_kernels.cpu import Device, Status, StepData, make_step
-from albireo_kernels.noise import row_keys
 from worker_svc.batch import InputBatch
+from worker_svc.cpu_engine.sampling import step_sampling
 from worker_svc.engine import StepOutput, StepTimes
-from worker_svc.row_sampling import RowSampling
 
 _LOOK_AGAIN_S = 60.0
 
@@ -20,10 +21,6 @@ def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
     Args:
         last_tokens: [max_num_seqs], the token last sampled in each slot; read and written by the device.
     """
-    sampling = batch.sampling
-    num_samples = len(batch.sample_rows)
-    suppressed_starts, suppressed_ids = _suppressed(sampling, num_samples)
-    draws = sampling.temperature.any()  # else all rows are greedy, and need no noise
     return make_step(
         token_ids=batch.token_ids,
         from_last_token=batch.from_last_token,
@@ -35,12 +32,7 @@ def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
         block_tables=batch.block_tables,
         sample_rows=batch.sample_rows,
         sample_slots=batch.sample_slots,
-        temperature=np.ascontiguousarray(sampling.temperature),
-        top_p=np.ascontiguousarray(sampling.top_p),
-        top_k=np.ascontiguousarray(sampling.top_k),
-        noise_keys=row_keys(sampling.seed, batch.output_positions) if draws else np.zeros(num_samples, np.uint64),
-        suppressed_starts=suppressed_starts,
-        suppressed_ids=suppressed_ids,
+        sampling=step_sampling(batch),
         last_tokens=last_tokens,
     )
 
@@ -65,14 +57,20 @@ class CpuStep:
             sample_ns=step.end_at_ns - step.forward_end_at_ns,
             collective_ns=step.collective_ns,
         )
-        return StepOutput(self.data.tokens, times)
+        told = self.data.logprobs
+        return StepOutput(self.data.tokens, times, None if told is None else _of_rows(told))
 
 
-def _suppressed(sampling: RowSampling, num_samples: int) -> tuple[Int64Array, Int32Array]:
-    """Where each row's ids begin, [S + 1], and the ids."""
-    starts = np.zeros(num_samples + 1, dtype=np.int64)
-    if not sampling.suppressed:
-        return starts, np.zeros(0, dtype=np.int32)
-    for row, ids in sampling.suppressed:
-        starts[row + 1] = len(ids)
-    return np.cumsum(starts), np.concatenate([ids for _, ids in sampling.suppressed])
+def _of_rows(told: cpu.Logprobs) -> Logprobs:
+    """Those of the rows that want them."""
+    (rows,) = np.nonzero(told.num_top >= 0)
+    num_top = told.num_top[rows]
+    is_there = np.arange(told.top_ids.shape[1]) < num_top[:, None]
+    return Logprobs(
+        indices=rows.astype(np.int32),
+        logprobs=told.logprobs[rows],
+        ranks=told.ranks[rows],
+        num_top=num_top,
+        top_token_ids=told.top_ids[rows][is_there],
+        top_logprobs=told.top_logprobs[rows][is_there],
+    )

@@ -7,6 +7,7 @@ import numpy as np
 
 from albireo.arrays import Int32Array, UInt64Array
 from albireo.errors import ConfigError
+from albireo.logprobs import Logprobs
 from albireo.model_spec import load_model_spec
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, PendingStep, Progress, StepOutput, StepTimes
@@ -14,6 +15,7 @@ from worker_svc.stub import truth
 from worker_svc.stub.clock import Clock, Launched
 from worker_svc.stub.collective import StarCollective
 from worker_svc.stub.roofline import StepModel, make_step_model
+from worker_svc.stub.sampler import Sampler, step_logprobs
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
@@ -37,6 +39,7 @@ class StubEngine:
         width = truth.NUM_HEADS // config.tp_size
         self._heads = range(config.rank * width, (config.rank + 1) * width)
         self._last_tokens = np.zeros(config.max_num_seqs, dtype=np.int32)
+        self._sampler = Sampler()
         self._cache: UInt64Array = np.zeros((0, config.block_size, width), dtype=np.uint64)
         self._vocab_size = 0
         self._is_truthful = config.stub_mode == "truth"
@@ -92,15 +95,17 @@ class StubEngine:
         times = StepTimes(
             start_ns, end_ns, forward_end_ns - start_ns, end_ns - forward_end_ns, forward_end_ns - reduce_ns
         )
-        return StepOutput(tokens, times)
+        return StepOutput(tokens, times, self.logprobs(batch, digests, tokens))
 
-    def tokens(self, batch: InputBatch) -> Int32Array:
-        """[S] tokens of a step whose times are the clock's."""
+    def sampled(self, batch: InputBatch) -> tuple[Int32Array, Logprobs | None]:
+        """What a step whose times are the clock's brings: [S] tokens."""
         if self._is_truthful:
-            return self.compute(batch).token_ids
+            output = self.compute(batch)
+            return output.token_ids, output.logprobs
         if self._config.rank:  # nobody reads them
-            return _NO_TOKENS
-        return truth.noise_tokens(batch.sampling.seed, batch.output_positions, self._vocab_size)
+            return _NO_TOKENS, None
+        tokens = truth.noise_tokens(batch.sampling.seed, batch.output_positions, self._vocab_size)
+        return tokens, self.logprobs(batch, batch.sampling.seed, tokens)
 
     def forward(self, batch: InputBatch) -> UInt64Array:
         """Writes the step's tokens and reads the sampling rows' histories; [S], this rank's part of their digests."""
@@ -114,20 +119,14 @@ class StubEngine:
         return truth.digest(words, lens)
 
     def sample(self, batch: InputBatch, digests: UInt64Array) -> Int32Array:
-        """[S] whole digests -> [S] tokens, kept as the slots' last ones."""
-        suppressed = [np.zeros(0, dtype=np.int32)] * len(digests)
-        for row, ids in batch.sampling.suppressed:
-            suppressed[row] = ids
-        tokens = truth.choose_tokens(
-            digests,
-            batch.output_positions,
-            batch.sampling.temperature,
-            batch.sampling.seed,
-            suppressed,
-            self._vocab_size,
-        )
+        """[S] whole digests -> [S] tokens, kept as the slots' last ones. Called in the order of the steps."""
+        tokens = self._sampler.choose(batch, digests, self._vocab_size)
         self._last_tokens[batch.sample_slots] = tokens
         return tokens
+
+    def logprobs(self, batch: InputBatch, digests: UInt64Array, tokens: Int32Array) -> Logprobs | None:
+        """Of the sampling rows that want them."""
+        return step_logprobs(batch.sampling, digests, tokens, self._vocab_size)
 
     def abort(self) -> None:
         self._collective.abort()
@@ -165,12 +164,12 @@ class _TimedStep:
     batch: InputBatch
 
     def resolve(self) -> StepOutput:
-        tokens = self.engine.tokens(self.batch)
+        tokens, logprobs = self.engine.sampled(self.batch)
         seconds = self.model.seconds(self.batch)
         forward_ns, sample_ns = _nanoseconds(seconds.forward_s), _nanoseconds(seconds.sample_s)
         span = self.clock.finish(self.launched, forward_ns + sample_ns)
         times = StepTimes(span.start_ns, span.end_ns, forward_ns, sample_ns, _nanoseconds(seconds.collective_s))
-        return StepOutput(tokens, times)
+        return StepOutput(tokens, times, logprobs)
 
 
 def _nanoseconds(seconds: float) -> int:

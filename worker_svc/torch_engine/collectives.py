@@ -44,6 +44,16 @@ class Collectives(Protocol):
             [..., sum(widths)]; the shard itself when there is one rank.
         """
 
+    def all_to_all(self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        """Exchanges a part of ``sent`` with every rank.
+
+        Args:
+            sent: [sum(send_sizes)], the parts for each rank in rank order; empty ones are legal.
+            send_sizes, receive_sizes: of the parts that go to and come from each rank.
+        Returns:
+            [sum(receive_sizes)], the parts from each rank in rank order; ``sent`` itself when there is one rank.
+        """
+
     def barrier(self) -> None:
         """Returns once every rank has called."""
 
@@ -60,6 +70,9 @@ class SingleRank:
 
     def all_gather(self, shard: Tensor, widths: Sequence[int]) -> Tensor:
         return shard
+
+    def all_to_all(self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        return sent
 
     def barrier(self) -> None:
         pass
@@ -101,6 +114,12 @@ class TorchCollectives:
         with self._collective("all-gather"):
             dist.all_gather(gathered, padded)
         return torch.cat([part[..., :width] for part, width in zip(gathered, widths, strict=True)], dim=-1)
+
+    def all_to_all(self, sent: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int]) -> Tensor:
+        received = sent.new_empty(sum(receive_sizes))
+        with self._collective("all-to-all"):
+            dist.all_to_all_single(received, sent.contiguous(), list(receive_sizes), list(send_sizes))
+        return received
 
     def barrier(self) -> None:
         # A sum rather than dist.barrier, which on NCCL guesses the device.

@@ -18,13 +18,15 @@ from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput, StepTimes
 from worker_svc.kv_budget import choose_num_blocks
 from worker_svc.rope import rope_tables
+from worker_svc.row_sampling import RowSampling
 from worker_svc.sharding import shard_model
 from worker_svc.torch_engine.collectives import Collectives, Rendezvous, SingleRank
 from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
 from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes
 from worker_svc.torch_engine.loader import load_weights
 from worker_svc.torch_engine.model import Decoder, forward
-from worker_svc.torch_engine.sampler import sample
+from worker_svc.torch_engine.sampler import Sampled, Sampler
+from worker_svc.torch_engine.sampling.logprobs import unpack
 
 
 class TorchEngine:
@@ -39,6 +41,7 @@ class TorchEngine:
         self._rendezvous = Rendezvous(config.rank, config.tp_size, config.run_dir, self._device)
         self._group: Collectives | None = None
         self._decoder: Decoder | None = None
+        self._sampler: Sampler | None = None
         self._kv_cache: KvCache | None = None
         self._dtype = torch.float32
         self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)
@@ -59,6 +62,7 @@ class TorchEngine:
         cos, sin = map(torch.from_numpy, rope_tables(spec.rope, spec.head_dim, max_model_len))
         rope = cos.to(self._device), sin.to(self._device)
         self._decoder = Decoder(spec, shard, weights, *rope, SingleRank())  # `join` puts the real group in
+        self._sampler = Sampler(config.sampler, config.max_num_seqs, shard, self._device)
         bytes_per_block = block_bytes(spec, shard, self._dtype)
         return EngineInfo(
             device=self._device.type,
@@ -97,11 +101,13 @@ class TorchEngine:
         before_forward = _mark(self._device)
         logits_shard = self._forward(inputs)
         after_forward = _mark(self._device)
-        tokens = self._sample(logits_shard, batch)
-        self._last_tokens[inputs.sample_slots] = tokens
+        sampled = self._sample(logits_shard, batch)
+        self._last_tokens[inputs.sample_slots] = sampled.tokens
         after_sample = _mark(self._device)
         return TorchStep(
-            tokens=_to_host(tokens.to(torch.int32)),
+            tokens=_to_host(sampled.tokens.to(torch.int32)),
+            logprobs=None if sampled.logprobs is None else _to_host(sampled.logprobs),
+            sampling=batch.sampling,
             collective_ns=self._group.elapsed_ns - collectives_ns,
             marks=(before_forward, after_forward, after_sample),
             done=_mark(self._device),
@@ -118,7 +124,7 @@ class TorchEngine:
 
     def close(self) -> None:
         self.leave()
-        self._decoder = self._kv_cache = None
+        self._decoder = self._sampler = self._kv_cache = None
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -130,12 +136,10 @@ class TorchEngine:
             return torch.zeros((0, len(decoder.shard.vocab)), device=self._device)
         return forward(decoder, inputs, self._kv_cache)
 
-    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Tensor:
-        """The tokens of the step's sampling rows, [S]."""
-        decoder = self._loaded()
-        if not len(logits_shard):  # on all ranks alike
-            return torch.zeros(0, dtype=torch.int64, device=self._device)
-        return sample(logits_shard, batch.sampling, batch.output_positions, decoder.shard, decoder.group)
+    def _sample(self, logits_shard: Tensor, batch: InputBatch) -> Sampled:
+        """The tokens of the step's sampling rows."""
+        assert self._sampler is not None, "not loaded"
+        return self._sampler.sample(logits_shard, batch, self._loaded().group)
 
     def _loaded(self) -> Decoder:
         assert self._decoder is not None, "not loaded"
@@ -149,7 +153,10 @@ _Mark = int | torch.cuda.Event
 class TorchStep:
     """A launched step. ``marks`` are the times before forward, between it and sampling, and after sampling."""
 
-    tokens: Tensor  # [S] int32 on the host; valid once ``done`` has passed
+    # On the host, and valid once ``done`` has passed: [S] int32, and what `unpack` makes logprobs of.
+    tokens: Tensor
+    logprobs: Tensor | None
+    sampling: RowSampling
     collective_ns: int
     marks: tuple[_Mark, _Mark, _Mark]
     done: _Mark
@@ -167,7 +174,8 @@ class TorchStep:
             sample_ns=_elapsed_ns(after_forward, after_sample),
             collective_ns=self.collective_ns,
         )
-        return StepOutput(np.asarray(self.tokens.numpy(), dtype=np.int32), times)
+        logprobs = None if self.logprobs is None else unpack(self.logprobs.numpy(), self.sampling)
+        return StepOutput(np.asarray(self.tokens.numpy(), dtype=np.int32), times, logprobs)
 
 
 def _mark(device: torch.device) -> _Mark:

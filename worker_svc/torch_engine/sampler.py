@@ -1,144 +1,186 @@
-"""Draws one token per sampling row. What a draw means is defined in `albireo_kernels.reference.sampling`.
+"""Draws one token per sampling row, the ranks together. Three schemes, one outcome, to the bit:
 
-This is the classic scheme: logits are gathered, and every rank samples all rows alike. Rows take one of four routes, by
-their parameters, so that only those that need the order of the whole vocabulary pay for sorting it.
+merge (default)   Each rank edits its own part of the vocabulary and sends what it found there: a record, or a few, per
+                  row, in one all-gather. Rows whose filters need the order of the whole vocabulary, and rows that want
+                  logprobs, go to one rank each, by all-to-all; results come back with an all-gather.
+batch-sharded     All rows go to one rank each.
+gather            Logits are gathered, and every rank draws all rows.
+
+A row's route follows from its parameters, which all ranks know: none ever waits for a collective that others leave out,
+and nothing on the device has to be looked at to decide.
 """
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array
-from albireo_kernels.reference import gumbel_noise, noise_keys, to_device
-from albireo_kernels.reference.sampling import MIN_TEMPERATURE
-from worker_svc.row_sampling import RowSampling
+from albireo.arrays import Int64Array
+from albireo_kernels.reference import to_device
+from worker_svc.batch import InputBatch
 from worker_svc.sharding import ModelShard
 from worker_svc.torch_engine.collectives import Collectives
-
-# Up to this top_k, rows are sampled from their best candidates.
-_MAX_CANDIDATES = 256
-# Rows are sampled in parts of about so many logits: on a CPU keys, noise and copies then stay in its cache, on a GPU
-# their memory is bounded.
-_MAX_LOGITS_AT_ONCE = {"cpu": 2**18, "cuda": 2**23}
-
-
-def sample(
-    logits_shard: Tensor, sampling: RowSampling, output_positions: Int64Array, shard: ModelShard, group: Collectives
-) -> Tensor:
-    """Draws one token per row.
-
-    Args:
-        logits_shard: [S, ids of the shard] float32, this rank's part of the vocabulary; consumed.
-        output_positions: [S], index of the sampled token in its sequence's output.
-    Returns:
-        [S] int64 token ids, identical on every rank.
-    Collective: one all-gather of the logits; every rank must call.
-    """
-    _suppress(logits_shard, sampling, shard.vocab)
-    logits = group.all_gather(logits_shard, shard.vocab_widths)
-    params = _Params(sampling.temperature, sampling.top_p, sampling.top_k, *noise_keys(sampling.seed, output_positions))
-    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
-    for route, mask in _routes(params, logits.shape[1]):
-        for rows in _parts(np.flatnonzero(mask), logits):
-            if len(rows) == len(logits):
-                return route(logits, params)
-            index = to_device(rows, logits.device)
-            tokens[index] = route(logits[index], params.take(rows))
-    return tokens
+from worker_svc.torch_engine.sampling.draws import draw_from_records, draw_sorted, draw_whole, local_records
+from worker_svc.torch_engine.sampling.edits import edit_rows, needy_rows
+from worker_svc.torch_engine.sampling.exchange import collect_rows, owners_of, share_results
+from worker_svc.torch_engine.sampling.logprobs import most_logprobs, rows_with_logprobs, token_logprobs
+from worker_svc.torch_engine.sampling.routes import DrawParams, choose_routes, draw_params
+from worker_svc.torch_engine.sampling.state import SlotState
 
 
 @dataclass(frozen=True, slots=True)
-class _Params:
-    """Parameters of some rows, arrays [num_rows] on the host; k0 and k1 key the rows' noise."""
+class Sampled:
+    """What a step sampled, on the device and identical on every rank.
 
-    temperature: Float32Array
-    top_p: Float32Array
-    top_k: Int32Array
-    k0: Int64Array
-    k1: Int64Array
-
-    def take(self, rows: Int64Array) -> "_Params":
-        return _Params(self.temperature[rows], self.top_p[rows], self.top_k[rows], self.k0[rows], self.k1[rows])
-
-    def keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        return to_device(self.k0, device), to_device(self.k1, device)
-
-
-_Route = Callable[[Tensor, _Params], Tensor]  # [num_rows, vocab_size] logits, parameters -> [num_rows] ids
-
-
-def _routes(params: _Params, vocab_size: int) -> Iterator[tuple[_Route, BoolArray]]:
-    """The routes, and which rows take each."""
-    greedy = (params.temperature < MIN_TEMPERATURE) | (params.top_k == 1)
-    has_top_k = (params.top_k > 0) & (params.top_k < vocab_size)
-    unfiltered = ~greedy & ~has_top_k & (params.top_p >= 1)
-    from_candidates = ~greedy & has_top_k & (params.top_k <= _MAX_CANDIDATES)
-    yield _sample_greedy, greedy
-    yield _sample_unfiltered, unfiltered
-    yield _sample_from_candidates, from_candidates
-    yield _sample_sorted, ~(greedy | unfiltered | from_candidates)
-
-
-def _parts(rows: Int64Array, logits: Tensor) -> Iterator[Int64Array]:
-    size = max(1, _MAX_LOGITS_AT_ONCE[logits.device.type] // logits.shape[1])
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def _suppress(logits_shard: Tensor, sampling: RowSampling, shard_ids: range) -> None:
-    for row, ids in sampling.suppressed:
-        here = ids[(ids >= shard_ids.start) & (ids < shard_ids.stop)]
-        logits_shard[row, to_device(here - shard_ids.start, logits_shard.device)] = -torch.inf
-
-
-def _sample_greedy(logits: Tensor, params: _Params) -> Tensor:
-    return logits.argmax(dim=-1)  # the first of equal ones
-
-
-def _sample_unfiltered(logits: Tensor, params: _Params) -> Tensor:
-    noise = gumbel_noise(torch.arange(logits.shape[1], device=logits.device), *params.keys(logits.device))
-    return noise.add_(_scale(logits, params)).argmax(dim=-1)
-
-
-def _sample_from_candidates(logits: Tensor, params: _Params) -> Tensor:
-    scaled = _scale(logits, params)
-    # torch.topk promises nothing about equal values. Integer keys in the order of (value descending, id ascending) are
-    # all different. Adding 0 makes -0 equal to 0.
-    bits = (scaled + 0.0).view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    order_keys = (ordered.to(torch.int64) << 32).sub_(torch.arange(logits.shape[1], device=logits.device))
-    ids = order_keys.topk(int(params.top_k.max()), dim=-1).indices
-    return _draw(scaled.gather(1, ids), ids, params)
-
-
-def _sample_sorted(logits: Tensor, params: _Params) -> Tensor:
-    values, ids = _scale(logits, params).sort(dim=-1, descending=True, stable=True)
-    return _draw(values, ids, params)
-
-
-def _draw(values: Tensor, ids: Tensor, params: _Params) -> Tensor:
-    """Filters candidates by top-k and top-p and draws one per row.
-
-    Args:
-        values, ids: [num_rows, C], scaled logits in order and their token ids.
+    Attributes:
+        tokens: [S] int64.
+        logprobs: [rows that want them, 2 + 2 * N], see `sampling.logprobs`; None: no row does.
     """
-    device, num_candidates = values.device, values.shape[1]
-    top_k = np.where(params.top_k == 0, num_candidates, params.top_k)
-    top_p = np.where(params.top_p >= 1, np.inf, params.top_p)
-    kept = torch.arange(num_candidates, device=device) < to_device(top_k, device)[:, None]
-    weights = (values.double() - values[:, :1].double()).exp() * kept
-    before = weights.cumsum(dim=-1) - weights
-    kept &= before < to_device(top_p, device, torch.float64)[:, None] * weights.sum(dim=-1, keepdim=True)
-    kept[:, 0] = True
-    scores = values + gumbel_noise(ids, *params.keys(device))
-    # NaN, of a broken model, must still give a legal id.
-    scores = torch.where(kept, scores, -torch.inf).nan_to_num_(-torch.inf, torch.inf, -torch.inf)
-    best = scores.amax(dim=-1, keepdim=True)
-    return torch.where(scores == best, ids, torch.iinfo(torch.int64).max).amin(dim=-1)
+
+    tokens: Tensor
+    logprobs: Tensor | None = None
 
 
-def _scale(logits: Tensor, params: _Params) -> Tensor:
-    return logits / to_device(params.temperature, logits.device, torch.float32)[:, None]
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step's sampling rows, as every rank knows them before anything runs.
+
+    Attributes:
+        params: of all rows, on the device.
+        with_logprobs: the rows that want logprobs.
+        num_top: logprobs of so many of the likeliest tokens are worked out.
+    """
+
+    batch: InputBatch
+    params: DrawParams
+    with_logprobs: Int64Array
+    num_top: int
+
+
+class Sampler:
+    """The sampler of one rank, with what it remembers of sequences."""
+
+    def __init__(self, scheme: str, max_num_seqs: int, shard: ModelShard, device: torch.device) -> None:
+        self._shard = shard
+        self._device = device
+        self._vocab = range(sum(shard.vocab_widths))
+        self._scheme = scheme if shard.tp_size > 1 else "gather"
+        self._state = SlotState(max_num_seqs, shard.vocab if self._scheme == "merge" else self._vocab, device)
+
+    def sample(self, logits_shard: Tensor, batch: InputBatch, group: Collectives) -> Sampled:
+        """Draws one token per sampling row.
+
+        Args:
+            logits_shard: [S, ids of the shard] float32, this rank's part of the vocabulary; consumed.
+        Collective: all ranks call with the same batch. See the schemes.
+        """
+        sampling = batch.sampling
+        self._state.expect(batch.histories)
+        if not len(logits_shard):
+            return Sampled(torch.zeros(0, dtype=torch.int64, device=self._device))
+        penalised, with_words = needy_rows(sampling)
+        self._state.begin(batch.sample_slots[penalised], batch.sample_slots[with_words])
+        step = _Step(
+            batch,
+            draw_params(sampling, batch.output_positions, self._device),
+            rows_with_logprobs(sampling),
+            most_logprobs(sampling, len(self._vocab)),
+        )
+        if self._scheme == "merge":
+            sampled = self._sample_merging(logits_shard, step, group)
+        elif self._scheme == "batch-sharded":
+            sampled = self._sample_shared_out(logits_shard, step, group)
+        else:
+            sampled = self._sample_whole(
+                group.all_gather(logits_shard, self._shard.vocab_widths), step, _all_rows(batch)
+            )
+        self._remember(sampled.tokens, batch, penalised, with_words)
+        return sampled
+
+    def _sample_merging(self, logits: Tensor, step: _Step, group: Collectives) -> Sampled:
+        """Scheme merge; logits [S, ids of the shard]."""
+        batch, ids, rows = step.batch, self._shard.vocab, _all_rows(step.batch)
+        unedited = logits[to_device(step.with_logprobs, self._device)]
+        edit_rows(logits, ids, batch.sampling, rows, batch.sample_slots, self._state)
+        routes = choose_routes(batch.sampling, rows, len(self._vocab))
+        records = local_records(logits, ids.start, step.params, routes)
+        if routes.num_records:
+            records = group.all_gather(records, [routes.num_records] * group.size)
+        tokens = draw_from_records(records.view(group.size, -1), step.params, routes)
+        if not len(routes.sorted) and not len(step.with_logprobs):
+            return Sampled(tokens)
+        edited = logits[to_device(routes.sorted, self._device)]
+        return self._finish_on_owners(tokens, routes.sorted, edited, unedited, step, group)
+
+    def _finish_on_owners(
+        self, tokens: Tensor, to_sort: Int64Array, edited: Tensor, unedited: Tensor, step: _Step, group: Collectives
+    ) -> Sampled:
+        """Has the rows ``to_sort`` drawn, and logprobs worked out, by one rank each.
+
+        Args:
+            tokens: [S], of all other rows; gets those of ``to_sort``.
+            edited: [rows to sort, ids of the shard] logits.
+            unedited: [rows with logprobs, ids of the shard] logits.
+        """
+        travelling = np.union1d(to_sort, step.with_logprobs)
+        # A row with both parts has one owner, which so knows its token when it works out the logprobs.
+        owner_of = np.zeros(len(tokens), dtype=np.int64)
+        owner_of[travelling] = owners_of(len(travelling), group)
+        owners = owner_of[np.concatenate((to_sort, step.with_logprobs))]
+        whole = collect_rows(torch.cat((edited, unedited)), owners, self._shard.vocab_widths, group)
+        own_to_sort, own_with_logprobs, own = (
+            rows[owner_of[rows] == group.rank] for rows in (to_sort, step.with_logprobs, travelling)
+        )
+        drawn = to_device(own_to_sort, self._device)
+        tokens[drawn] = draw_sorted(whole[: len(drawn)], step.params.take(drawn))
+        of_logprobs = tokens[to_device(own_with_logprobs, self._device)]
+        logprobs = token_logprobs(whole[len(drawn) :], of_logprobs, step.num_top)
+        results = Sampled(tokens[to_device(own, self._device)], logprobs)
+        shared = self._share(results, own, travelling, step, group)
+        tokens[to_device(travelling, self._device)] = shared.tokens
+        return Sampled(tokens, shared.logprobs)
+
+    def _sample_shared_out(self, logits: Tensor, step: _Step, group: Collectives) -> Sampled:
+        """Scheme batch-sharded; logits [S, ids of the shard]."""
+        rows, owners = _all_rows(step.batch), owners_of(len(logits), group)
+        own = rows[owners == group.rank]
+        whole = collect_rows(logits, owners, self._shard.vocab_widths, group)
+        return self._share(self._sample_whole(whole, step, own), own, rows, step, group)
+
+    def _sample_whole(self, logits: Tensor, step: _Step, rows: Int64Array) -> Sampled:
+        """Draws sampling rows ``rows`` [n] from the whole vocabulary's logits [n, vocab_size], on this rank alone."""
+        batch, params = step.batch, step.params.take(to_device(rows, self._device))
+        with_logprobs = self._places_with_logprobs(rows, step)
+        unedited = logits[with_logprobs]
+        edit_rows(logits, self._vocab, batch.sampling, rows, batch.sample_slots, self._state)
+        tokens = draw_whole(logits, params, choose_routes(batch.sampling, rows, len(self._vocab)))
+        if not len(step.with_logprobs):
+            return Sampled(tokens)
+        return Sampled(tokens, token_logprobs(unedited, tokens[with_logprobs], step.num_top))
+
+    def _share(self, own: Sampled, own_rows: Int64Array, rows: Int64Array, step: _Step, group: Collectives) -> Sampled:
+        """Joins what the owners of ``rows`` have sampled, of which ``own_rows`` are this rank's."""
+        if own.logprobs is None or not len(step.with_logprobs):
+            return Sampled(share_results(own.tokens[:, None], len(rows), group)[:, 0])
+        of_own = own.tokens.new_zeros((len(own_rows), own.logprobs.shape[1]))
+        of_own[self._places_with_logprobs(own_rows, step)] = own.logprobs
+        shared = share_results(torch.cat((own.tokens[:, None], of_own), dim=1), len(rows), group)
+        return Sampled(shared[:, 0], shared[self._places_with_logprobs(rows, step), 1:])
+
+    def _places_with_logprobs(self, rows: Int64Array, step: _Step) -> Tensor:
+        """Which of ``rows`` want them, as indices into that array."""
+        return to_device(np.flatnonzero(np.isin(rows, step.with_logprobs)), self._device)
+
+    def _remember(self, tokens: Tensor, batch: InputBatch, penalised: Int64Array, with_words: Int64Array) -> None:
+        """Adds sampled tokens to the slots whose later draws depend on them."""
+        if len(penalised):
+            slots = to_device(batch.sample_slots[penalised], self._device)
+            self._state.counts.add(slots, tokens[to_device(penalised, self._device)])
+        if len(with_words):
+            slots = to_device(batch.sample_slots[with_words], self._device)
+            self._state.tails.add(slots, tokens[to_device(with_words, self._device)])
+
+
+def _all_rows(batch: InputBatch) -> Int64Array:
+    return np.arange(len(batch.sample_slots))

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import albireo
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import Bar, counting_bar
-from albireo.errors import AlbireoError, ConfigError
+from albireo.errors import AlbireoError
 from albireo_kernels.bench.cases import all_groups
 from albireo_kernels.bench.limits import Rates
-from albireo_kernels.bench.machine import Machine, describe, last_level_bytes
+from albireo_kernels.bench.machine import Machine, describe, last_level_bytes, open_library
 from albireo_kernels.bench.measure import Bench, Measurement
 from albireo_kernels.bench.report import table
 from albireo_kernels.bench.settings import FULL, QUICK, Settings
-from albireo_kernels.cpu import Isa, Library, detect_isa, load_library
+from albireo_kernels.cpu import Isa, Library
 
 if TYPE_CHECKING:
     from albireo_kernels.bench.in_torch import InTorch
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not 1 <= num_threads <= len(cores):
         parser.error(f"--threads {num_threads}: 1 to {len(cores)} on this machine")
     try:
-        report = bench(_open(args.isa), cores[:num_threads], settings, args.rates_only)
+        report = bench(open_library(args.isa), cores[:num_threads], settings, args.rates_only)
         print_to = sys.stderr if args.json == "-" else sys.stdout
         print_to.write(table(report) + "\n")
         if args.json:
@@ -109,19 +109,6 @@ def _rates(machine: Machine, settings: Settings, bar: Bar) -> dict[str, Rates]:
         rates[name] = machine.rates(num_threads, settings.rate_reps, settings.multiply_s)
         bar.update()
     return rates
-
-
-def _open(name: str | None) -> Library:
-    best = detect_isa()
-    isa = best if name is None else Isa[name.upper()]
-    if isa > best:
-        raise ConfigError(f"--isa {name}: this machine has {best.name.lower()} at most")
-
-    def report(what: str, fraction: float) -> None:
-        if fraction == 0:
-            sys.stderr.write(f"{what} ...\n")
-
-    return load_library(isa, report=report)
 
 
 def _find_torch(num_threads: int) -> "InTorch | None":

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -232,20 +233,22 @@ class _Cases:
         torch, of = self._torch, self._settings
         source = 3 * self._rng.standard_normal((num_rows, of.vocab_size), dtype=np.float32)
         copies = [allocate(source.shape, np.float32) for _ in range(self._num_copies(source.nbytes))]
-        tokens = np.zeros(num_rows, dtype=np.int32)
         scratch_bytes = -(-self._library.sample_scratch_bytes(of.vocab_size) // 64) * 64
         scratch = allocate((self._num_threads, scratch_bytes), np.uint8)
+        alone = cpu.RankSampling(0, range(of.vocab_size), cpu.SlotTokens(num_rows, 1), scratch)
 
         def restore() -> None:
             for copy in copies:
                 copy[...] = source
 
+        programs = [cpu.sampling_ops("merge", cpu.SharedSampling.alone(copy), alone) for copy in copies]
         for name, sampling in _SAMPLINGS.items():
             yield Case(
                 kernel=f"sample, {name}",
                 shape=f"{num_rows} x {of.vocab_size}",
                 cost=Cost(source.nbytes),
-                ops=[[cpu.sample(copy, tokens, scratch) for copy in copies]],
+                ops=[list(chain(*programs))],
+                num_parts=len(programs[0]),
                 steps=[step_of(RowInputs.of(num_rows), sampling=sampling)],
                 prepare=restore,
                 in_torch=torch.sample(copies, sampling) if torch else None,

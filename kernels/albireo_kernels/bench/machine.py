@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +14,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from albireo.errors import ConfigError
 from albireo_kernels.bench.limits import Rate, Rates
-from albireo_kernels.cpu import Dtype, Library, address, allocate
+from albireo_kernels.cpu import Dtype, Isa, Library, address, allocate, detect_isa, load_library
 
 WEIGHT_DTYPES = (Dtype.FLOAT32, Dtype.BFLOAT16, Dtype.INT8)
 
@@ -109,6 +111,23 @@ class Machine:
         futures = [pool.submit(timed, call) for pool, call in zip(self._pools, calls, strict=False)]
         times = [future.result() for future in futures]
         return max(end for _, end in times) - min(begin for begin, _ in times)
+
+
+def open_library(isa_name: str | None) -> Library:
+    """The kernels of ``--isa``, by default of the machine's highest; says on stderr when they must be compiled.
+
+    Raises ConfigError where the machine has no such instructions.
+    """
+    best = detect_isa()
+    isa = best if isa_name is None else Isa[isa_name.upper()]
+    if isa > best:
+        raise ConfigError(f"--isa {isa_name}: this machine has {best.name.lower()} at most")
+
+    def report(what: str, fraction: float) -> None:
+        if fraction == 0:
+            sys.stderr.write(f"{what} ...\n")
+
+    return load_library(isa, report=report)
 
 
 def last_level_bytes() -> int:

@@ -31,6 +31,7 @@ class Case:
         shape: for people.
         cost: of one operation, on all ranks together.
         ops: of each rank: the same operation on one copy of its weights after another.
+        num_parts: that an operation consists of, in ``ops``.
         steps: of each rank.
         prepare: is called before a program runs.
         in_torch: does the same in torch, on the copy of this index.
@@ -41,6 +42,7 @@ class Case:
     cost: Cost
     ops: Sequence[Sequence[Op]]
     steps: Sequence[StepData]
+    num_parts: int = 1
     prepare: Callable[[], None] = _no_preparation
     in_torch: Callable[[int], object] | None = None
 
@@ -73,6 +75,22 @@ class Measurement:
         }
 
 
+def join_all(devices: Sequence[Device]) -> None:
+    """The devices, of one process, become the ranks of a group."""
+    if len(devices) == 1:
+        devices[0].join(None, 0, 1, _TIMEOUT_S)
+        return
+    memory = GroupMemory.create(devices[0].library.group_bytes())
+    with ThreadPoolExecutor(len(devices)) as pool:
+        joined = [
+            pool.submit(device.join, memory.array, rank, len(devices), _TIMEOUT_S)
+            for rank, device in enumerate(devices)
+        ]
+        for each in joined:
+            each.result()
+    memory.close()
+
+
 class Bench:
     """Every rank's device has its share of the cores."""
 
@@ -84,18 +102,18 @@ class Bench:
 
     def measure(self, case: Case) -> Measurement:
         limit = limit_of(case.cost, self._rates)
-        num_ops = min(len(case.ops[0]), max(1, round(self._settings.program_s / limit.seconds)))
+        num_ops = min(len(case.ops[0]) // case.num_parts, max(1, round(self._settings.program_s / limit.seconds)))
         seconds = self._on_devices(case, num_ops) / num_ops
         torch_s = None if case.in_torch is None else self._in_torch(case, case.in_torch, num_ops) / num_ops
         return Measurement(case.kernel, case.shape, case.cost, seconds, torch_s)
 
     def _on_devices(self, case: Case, num_ops: int) -> float:
         size = len(case.ops)
-        programs = [Program(ops[:num_ops]) for ops in case.ops]
+        programs = [Program(ops[: num_ops * case.num_parts]) for ops in case.ops]
         with ExitStack() as stack:
             shares = [self._share(rank, size) for rank in range(size)]
             devices = [stack.enter_context(Device(self._library, cores)) for cores in shares]
-            self._join(devices)
+            join_all(devices)
             first_steps = [step_of(RowInputs.of(1)) for _ in devices]  # so that the threads are awake
 
             def run() -> float:
@@ -114,20 +132,6 @@ class Bench:
     def _share(self, rank: int, size: int) -> Sequence[int]:
         num_cores = len(self._cores)
         return self._cores[rank * num_cores // size : (rank + 1) * num_cores // size]
-
-    def _join(self, devices: Sequence[Device]) -> None:
-        if len(devices) == 1:
-            devices[0].join(None, 0, 1, _TIMEOUT_S)
-            return
-        memory = GroupMemory.create(self._library.group_bytes())
-        with ThreadPoolExecutor(len(devices)) as pool:
-            joined = [
-                pool.submit(device.join, memory.array, rank, len(devices), _TIMEOUT_S)
-                for rank, device in enumerate(devices)
-            ]
-            for each in joined:
-                each.result()
-        memory.close()
 
     def _in_torch(self, case: Case, in_torch: Callable[[int], object], num_ops: int) -> float:
         def run() -> float:

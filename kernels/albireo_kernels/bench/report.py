@@ -18,7 +18,7 @@ def table(report: dict[str, Any]) -> str:
         return "\n".join(lines)
     if report["torch"] is None:
         lines.append("torch is not installed: nothing to compare with")
-    return "\n".join([*lines, "", *_columns([_TITLES, *(_cells(row) for row in report["rows"])])])
+    return "\n".join([*lines, "", *columns([_TITLES, *(_cells(row) for row in report["rows"])])])
 
 
 def _rates(report: dict[str, Any]) -> list[str]:
@@ -29,7 +29,7 @@ def _rates(report: dict[str, Any]) -> list[str]:
     for dtype in report["rates"]["one_thread"]["multiply_gflop_s"]:
         title = f"multiplies {dtype}, GFLOP/s"
         lines.append((title, *(_rate(rates["multiply_gflop_s"][dtype]) for rates in shown.values())))
-    return _columns(lines, num_texts=1)
+    return columns(lines, num_texts=1)
 
 
 def _rate(rate: dict[str, float]) -> str:
@@ -48,7 +48,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _columns(lines: Sequence[tuple[str, ...]], num_texts: int = _NUM_TEXTS) -> list[str]:
+def columns(lines: Sequence[tuple[str, ...]], num_texts: int = _NUM_TEXTS) -> list[str]:
+    """Lines of cells, as wide as the widest of each column; the first ``num_texts`` are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from albireo.arrays import Int32Array, Int64Array
+from albireo_kernels import cpu
 from albireo_kernels.cpu import BLOCK, StepData, make_step
 
 
@@ -66,11 +67,12 @@ def step_of(rows: RowInputs, *, token_ids: Int32Array | None = None, sampling: S
         block_tables=rows.block_tables,
         sample_rows=np.arange(num_samples),
         sample_slots=np.arange(num_samples, dtype=np.int32),
-        temperature=np.full(num_samples, chosen.temperature, dtype=np.float32),
-        top_p=np.full(num_samples, chosen.top_p, dtype=np.float32),
-        top_k=np.full(num_samples, chosen.top_k, dtype=np.int32),
-        noise_keys=np.random.default_rng(1).integers(0, 2**63, num_samples, dtype=np.uint64),
-        suppressed_starts=np.zeros(num_samples + 1, dtype=np.int64),
-        suppressed_ids=np.zeros(0, dtype=np.int32),
+        sampling=cpu.Sampling(
+            temperature=np.full(num_samples, chosen.temperature, dtype=np.float32),
+            top_p=np.full(num_samples, chosen.top_p, dtype=np.float32),
+            min_p=np.zeros(num_samples, dtype=np.float32),
+            top_k=np.full(num_samples, chosen.top_k, dtype=np.int32),
+            noise_keys=np.random.default_rng(1).integers(0, 2**63, num_samples, dtype=np.uint64),
+        ),
         last_tokens=np.zeros(num_rows, dtype=np.int32),
     )

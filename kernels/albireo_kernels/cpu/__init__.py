@@ -7,7 +7,20 @@ here imports torch.
 from albireo_kernels.cpu.buffers import KvBlocks, Matrix, Rows, address, allocate
 from albireo_kernels.cpu.build import Isa, NoCompilerError, detect_isa, library_path
 from albireo_kernels.cpu.device import UNPINNED, Device, GroupMemory
-from albireo_kernels.cpu.library import BLOCK, PANEL, Dtype, Epilogue, Extent, Library, Status, load_library
+from albireo_kernels.cpu.library import (
+    BLOCK,
+    CANDIDATES,
+    MAX_TOP,
+    NUM_RECENT,
+    PANEL,
+    TOKEN_LOGPROBS,
+    Dtype,
+    Epilogue,
+    Extent,
+    Library,
+    Status,
+    load_library,
+)
 from albireo_kernels.cpu.program import (
     MAX_GROUP,
     MAX_HEAD_DIM,
@@ -19,30 +32,43 @@ from albireo_kernels.cpu.program import (
     gemm,
     quantize,
     rope,
-    sample,
     silu_mul_outputs,
 )
+from albireo_kernels.cpu.sampling import Edits, Histories, Logprobs, Sampling, SlotTokens
+from albireo_kernels.cpu.sampling_ops import SCHEMES, RankSampling, SharedSampling, sampling_ops
 from albireo_kernels.cpu.step import StepData, make_step
 
 __all__ = [
     "BLOCK",
+    "CANDIDATES",
     "MAX_GROUP",
     "MAX_HEAD_DIM",
+    "MAX_TOP",
+    "NUM_RECENT",
     "PANEL",
+    "SCHEMES",
+    "TOKEN_LOGPROBS",
     "UNPINNED",
     "Device",
     "Dtype",
+    "Edits",
     "Epilogue",
     "Extent",
     "GroupMemory",
+    "Histories",
     "Isa",
     "KvBlocks",
     "Library",
+    "Logprobs",
     "Matrix",
     "NoCompilerError",
     "Op",
     "Program",
+    "RankSampling",
     "Rows",
+    "Sampling",
+    "SharedSampling",
+    "SlotTokens",
     "Status",
     "StepData",
     "add_norm",
@@ -57,6 +83,6 @@ __all__ = [
     "make_step",
     "quantize",
     "rope",
-    "sample",
+    "sampling_ops",
     "silu_mul_outputs",
 ]

@@ -12,10 +12,13 @@ import numpy.typing as npt
 
 from albireo_kernels.cpu.build import Isa, NoCompilerError, Progress, detect_isa, library_path
 
-ABI = 1
+ABI = 2
 PANEL = 16  # outputs of a panel
 BLOCK = 32  # tokens of a KV block
 MAX_RANKS = 64
+MAX_CANDIDATES = 256  # up to this top_k, a rank offers its best tokens to the others
+MAX_TOP = 20  # likeliest tokens that are named beside a sampled one
+NUM_RECENT = 64  # output tokens that bad words are looked for in: none is longer
 
 
 class Dtype(IntEnum):
@@ -69,7 +72,15 @@ class OpKind(IntEnum):
     ROPE = 3
     ATTENTION = 4
     QUANTIZE = 5
-    SAMPLE = 6
+    EXCHANGE = 6
+    SELECT = 7
+    DRAW = 8
+    PUBLISH = 9
+
+
+class Share(IntEnum):
+    ALL_ROWS = 0
+    OWN_ROWS = 1
 
 
 class Epilogue(IntEnum):
@@ -100,6 +111,58 @@ class RowsStruct(Structure):
     )
 
 
+class EditsStruct(Structure):
+    _fields_ = (
+        ("bias_starts", c_void_p),
+        ("bias_ids", c_void_p),
+        ("biases", c_void_p),
+        ("allowed", c_void_p),
+        ("word_starts", c_void_p),
+        ("word_token_starts", c_void_p),
+        ("word_tokens", c_void_p),
+        ("repetition_penalty", c_void_p),
+        ("presence_penalty", c_void_p),
+        ("frequency_penalty", c_void_p),
+        ("has_history", c_void_p),
+    )
+
+
+class HistoriesStruct(Structure):
+    _fields_ = (
+        ("num_histories", c_int32),
+        ("reserved", c_int32),
+        ("slots", c_void_p),
+        ("starts", c_void_p),
+        ("ids", c_void_p),
+        ("counts", c_void_p),
+        ("recent", c_void_p),
+        ("num_output", c_void_p),
+    )
+
+
+class LogprobsStruct(Structure):
+    _fields_ = (
+        ("num_top", c_void_p),
+        ("logprobs", c_void_p),
+        ("ranks", c_void_p),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+    )
+
+
+class SamplingStruct(Structure):
+    _fields_ = (
+        ("temperature", c_void_p),
+        ("top_p", c_void_p),
+        ("min_p", c_void_p),
+        ("top_k", c_void_p),
+        ("noise_keys", c_void_p),
+        ("edits", POINTER(EditsStruct)),
+        ("histories", POINTER(HistoriesStruct)),
+        ("logprobs", POINTER(LogprobsStruct)),
+    )
+
+
 class StepStruct(Structure):
     _fields_ = (
         ("num_tokens", c_int32),
@@ -116,12 +179,7 @@ class StepStruct(Structure):
         ("block_tables", c_void_p),
         ("sample_rows", c_void_p),
         ("sample_slots", c_void_p),
-        ("temperature", c_void_p),
-        ("top_p", c_void_p),
-        ("top_k", c_void_p),
-        ("noise_keys", c_void_p),
-        ("suppressed_starts", c_void_p),
-        ("suppressed_ids", c_void_p),
+        ("sampling", SamplingStruct),
         ("tokens", c_void_p),
         ("last_tokens", c_void_p),
         ("start_at_ns", c_int64),
@@ -200,16 +258,83 @@ class QuantizeStruct(Structure):
     _fields_ = (("x", RowsStruct), ("out", RowsStruct))
 
 
-class SampleStruct(Structure):
+class ColumnsStruct(Structure):
+    _fields_ = (("data", c_void_p), ("stride", c_int64), ("first_id", c_int32), ("num_ids", c_int32))
+
+
+class ScratchStruct(Structure):
+    _fields_ = (("data", c_void_p), ("bytes", c_int64), ("vocab_size", c_int32), ("reserved", c_int32))
+
+
+class SlotTokensStruct(Structure):
     _fields_ = (
-        ("logits", c_void_p),
-        ("tokens", c_void_p),
-        ("scratch", c_void_p),
-        ("scratch_bytes", c_int64),
-        ("logits_stride", c_int64),
-        ("vocab_size", c_int32),
+        ("ids", c_void_p),
+        ("counts", c_void_p),
+        ("num_ids", c_void_p),
+        ("recent", c_void_p),
+        ("num_output", c_void_p),
+        ("capacity", c_int32),
         ("reserved", c_int32),
     )
+
+
+class ExchangeStruct(Structure):
+    _fields_ = (
+        ("source", c_void_p),
+        ("to", c_void_p),
+        ("source_stride", c_int64),
+        ("to_stride", c_int64),
+        ("vocab_size", c_int32),
+        ("share", c_int32),
+    )
+
+
+class SelectStruct(Structure):
+    _fields_ = (
+        ("logits", ColumnsStruct),
+        ("raw", c_void_p),
+        ("candidates", c_void_p),
+        ("slot_tokens", SlotTokensStruct),
+        ("scratch", ScratchStruct),
+        ("share", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class DrawStruct(Structure):
+    _fields_ = (
+        ("logits", ColumnsStruct),
+        ("raw", c_void_p),
+        ("candidates", c_void_p * MAX_RANKS),
+        ("num_candidates", c_int32),
+        ("meets", c_int32),
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
+        ("scratch", ScratchStruct),
+        ("share", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+class PublishStruct(Structure):
+    _fields_ = (
+        ("tokens", c_void_p),
+        ("logprobs", c_void_p),
+        ("slot_tokens", SlotTokensStruct),
+        ("first_id", c_int32),
+        ("num_ids", c_int32),
+        ("meets", c_int32),
+        ("reserved", c_int32),
+    )
+
+
+# What ranks write for each other, [S] each; AlbireoCandidates and AlbireoTokenLogprobs in C.
+CANDIDATES = np.dtype(
+    [("score", "f4"), ("id", "i4"), ("num_keys", "i4"), ("reserved", "i4"), ("keys", "u8", MAX_CANDIDATES)]
+)
+TOKEN_LOGPROBS = np.dtype(
+    [("logprob", "f4"), ("rank", "i4"), ("num_top", "i4"), ("top_ids", "i4", MAX_TOP), ("top_logprobs", "f4", MAX_TOP)]
+)
 
 
 class OpUnion(Union):
@@ -220,7 +345,10 @@ class OpUnion(Union):
         ("rope", RopeStruct),
         ("attention", AttentionStruct),
         ("quantize", QuantizeStruct),
-        ("sample", SampleStruct),
+        ("exchange", ExchangeStruct),
+        ("select", SelectStruct),
+        ("draw", DrawStruct),
+        ("publish", PublishStruct),
     )
 
 
@@ -301,7 +429,9 @@ class Library:
 
     def _check_abi(self) -> None:
         structs: list[type[Structure]] = [MatrixStruct, RowsStruct, StepStruct, OpStruct, ProgramStruct]
+        structs += [EditsStruct, HistoriesStruct, LogprobsStruct]
         expected = [ctypes.sizeof(struct) for struct in structs]
+        expected += [CANDIDATES.itemsize, TOKEN_LOGPROBS.itemsize]
         sizes = (c_int64 * len(expected))()
         version = self.c.albireo_abi(sizes)
         if version != ABI or list(sizes) != expected:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from albireo.arrays import Float32Array, Int32Array
-from albireo_kernels.cpu.buffers import AnyArray, Bytes, KvBlocks, Matrix, Rows, address
+from albireo.arrays import Float32Array
+from albireo_kernels.cpu.buffers import AnyArray, KvBlocks, Matrix, Rows, address
 from albireo_kernels.cpu.library import (
     MAX_RANKS,
     PANEL,
@@ -27,7 +27,6 @@ from albireo_kernels.cpu.library import (
     ProgramStruct,
     QuantizeStruct,
     RopeStruct,
-    SampleStruct,
 )
 
 MAX_GROUP = 32  # query heads that read one KV head, in attention
@@ -229,27 +228,6 @@ def quantize(x: Rows, out: Rows, extent: Extent = Extent.EACH_TOKEN) -> Op:
     _require(x.dtype is Dtype.FLOAT32 and out.dtype is Dtype.INT8, "quantize: x or out has the wrong type")
     _require(x.size == out.size, f"quantize: x has {x.size} elements, out {out.size}")
     return _op(OpKind.QUANTIZE, extent, OpUnion(quantize=QuantizeStruct(x=x.c, out=out.c)), x, out)
-
-
-def sample(logits: Float32Array, tokens: Int32Array, scratch: Bytes) -> Op:
-    """Draws a token for each of the step's samples.
-
-    Args:
-        logits: [S, vocab_size] of any row stride, in memory that the ranks share; consumed.
-        tokens: [S], shared as well.
-        scratch: [threads, at least Library.sample_scratch_bytes(vocab_size)], aligned to 64 bytes.
-    """
-    _require(logits.dtype == np.float32 and logits.strides[1] == 4, "sample: logits are not rows of float32")
-    _require(tokens.dtype == np.int32 and tokens.flags.c_contiguous, "sample: tokens are not int32 in one piece")
-    struct = SampleStruct(
-        logits=address(logits),
-        tokens=address(tokens),
-        scratch=address(scratch),
-        scratch_bytes=scratch.shape[1],
-        logits_stride=logits.strides[0] // 4,
-        vocab_size=logits.shape[1],
-    )
-    return _op(OpKind.SAMPLE, Extent.EACH_SAMPLE, OpUnion(sample=struct), logits, tokens, scratch)
 
 
 _FLOATS = (Dtype.FLOAT32, Dtype.BFLOAT16)

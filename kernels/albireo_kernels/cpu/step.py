@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from albireo.arrays import Float32Array, Int32Array, Int64Array, UInt64Array
+from albireo.arrays import Int32Array, Int64Array
 from albireo_kernels.cpu.buffers import AnyArray, address
 from albireo_kernels.cpu.library import Status, StepStruct
+from albireo_kernels.cpu.sampling import Logprobs, Sampling
 
 
 class StepData:
@@ -15,10 +16,13 @@ class StepData:
 
     Attributes:
         tokens: [S], valid once the step is complete.
+        logprobs: of rows that want them, then too.
     """
 
-    def __init__(self, c: StepStruct, tokens: Int32Array, inputs: tuple[AnyArray, ...]) -> None:
-        self.c, self.tokens = c, tokens
+    def __init__(
+        self, c: StepStruct, tokens: Int32Array, logprobs: Logprobs | None, inputs: tuple[object, ...]
+    ) -> None:
+        self.c, self.tokens, self.logprobs = c, tokens, logprobs
         self._inputs = inputs
 
     @property
@@ -48,12 +52,7 @@ def make_step(
     block_tables: Int32Array,
     sample_rows: Int64Array,
     sample_slots: Int32Array,
-    temperature: Float32Array,
-    top_p: Float32Array,
-    top_k: Int32Array,
-    noise_keys: UInt64Array,
-    suppressed_starts: Int64Array,
-    suppressed_ids: Int32Array,
+    sampling: Sampling,
     last_tokens: Int32Array,
     tokens: Int32Array | None = None,
 ) -> StepData:
@@ -67,9 +66,8 @@ def make_step(
         context_lens: [R].
         block_tables: [R, widest], rows of any stride.
         sample_rows: [S], ascending.
-        sample_slots, temperature, top_p, top_k: [S].
-        noise_keys: [S], k0 in the low half, k1 in the high one.
-        suppressed_starts: [S + 1], where each row's ids begin in ``suppressed_ids``.
+        sample_slots: [S].
+        sampling: of the S rows.
         last_tokens: [slots]; written.
         tokens: [S], where the sampled tokens go; by default an array of the step's own.
     Raises:
@@ -81,14 +79,12 @@ def make_step(
     _check_vectors(num_tokens, _PER_TOKEN, token_ids, from_last_token, token_slots, positions, slot_mapping)
     _check_vectors(num_rows, _PER_ROW, context_lens)
     _check_vectors(num_rows + 1, _STARTS, query_starts)
-    _check_vectors(num_samples, _PER_SAMPLE, sample_rows, sample_slots, temperature, top_p, top_k, noise_keys, tokens)
-    _check_vectors(num_samples + 1, _STARTS, suppressed_starts)
-    _check_vectors(len(suppressed_ids), _PER_ROW, suppressed_ids)
+    _check_vectors(num_samples, _PER_SAMPLE, sample_rows, sample_slots, tokens)
     _check_vectors(len(last_tokens), _PER_ROW, last_tokens)
     has_dense_rows = block_tables.size == 0 or block_tables.strides[1] == 4  # empty arrays may have no strides
     if block_tables.dtype != np.int32 or len(block_tables) != num_rows or not has_dense_rows:
         raise ValueError(f"block_tables: {block_tables.dtype} {block_tables.shape}, strides {block_tables.strides}")
-    arrays = (
+    inputs = (
         token_ids,
         from_last_token,
         token_slots,
@@ -99,24 +95,25 @@ def make_step(
         block_tables,
         sample_rows,
         sample_slots,
-        temperature,
-        top_p,
-        top_k,
-        noise_keys,
-        suppressed_starts,
-        suppressed_ids,
-        tokens,
-        last_tokens,
     )
-    stride = block_tables.strides[0] // 4
-    return StepData(StepStruct(num_tokens, num_rows, num_samples, stride, *map(address, arrays)), tokens, arrays)
+    c = StepStruct(
+        num_tokens,
+        num_rows,
+        num_samples,
+        block_tables.strides[0] // 4,
+        *map(address, inputs),
+        sampling.struct(num_samples),
+        address(tokens),
+        address(last_tokens),
+    )
+    return StepData(c, tokens, sampling.logprobs, (*inputs, sampling, last_tokens))
 
 
 _Types = tuple[type[Any], ...]
 _PER_TOKEN: _Types = (np.int32, np.bool_, np.int32, np.int64, np.int64)
 _PER_ROW: _Types = (np.int32,)
 _STARTS: _Types = (np.int64,)
-_PER_SAMPLE: _Types = (np.int64, np.int32, np.float32, np.float32, np.int32, np.uint64, np.int32)
+_PER_SAMPLE: _Types = (np.int64, np.int32, np.int32)
 
 
 def _check_vectors(size: int, dtypes: _Types, *arrays: AnyArray) -> None:

@@ -11,13 +11,26 @@ from albireo_kernels.reference.attention import (
     write_kv,
 )
 from albireo_kernels.reference.layers import apply_rope, linear, rms_norm, silu_mul
-from albireo_kernels.reference.sampling import fmix32, gumbel_noise, noise_keys, sample_row, survivors
+from albireo_kernels.reference.sampling import (
+    Params,
+    TokenLogprobs,
+    edit,
+    fmix32,
+    gumbel_noise,
+    noise_keys,
+    sample_row,
+    survivors,
+    token_logprobs,
+)
 from albireo_kernels.reference.transfer import to_device
 
 __all__ = [
     "AttentionGroup",
+    "Params",
+    "TokenLogprobs",
     "apply_rope",
     "attend_groups",
+    "edit",
     "fmix32",
     "group_rows",
     "gumbel_noise",
@@ -29,5 +42,6 @@ __all__ = [
     "silu_mul",
     "survivors",
     "to_device",
+    "token_logprobs",
     "write_kv",
 ]

@@ -1,4 +1,8 @@
-"""What sampling means, one row at a time: which tokens survive top-k and top-p, and the keyed noise that picks one.
+"""What sampling means, one row at a time: what is done to logits, which tokens survive, and the noise that picks one.
+
+Parameters apply in one order: logit bias, allowed ids, bad words; repetition, presence and frequency penalty;
+temperature; min-p, top-k, top-p, each among the survivors of the one before. Logprobs are those of the model: of the
+logits before all that.
 
 The noise has no state. It is a function of the request's seed, the output position and the global token id, so a draw
 depends neither on the batch, nor on the slot, nor on how the vocabulary is sharded. All of it up to the 32-bit hash is
@@ -23,8 +27,14 @@ integer arithmetic, which versions in other languages must reproduce bit for bit
 The token is argmax(logits / temperature + gumbel) over the survivors: an exact draw from their softmax (Gumbel 1954).
 Large noise is what decides, and comes from small v, hence the form with log1p.
 
-Everything is ordered one way: by value descending, then by id ascending.
+Everything is ordered one way: by value descending, then by id ascending. A NaN is no value: it comes last, it never
+survives beside others, and a row without values draws token 0.
 """
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -79,20 +89,88 @@ def gumbel_noise(ids: Tensor, k0: Tensor, k1: Tensor) -> Tensor:
     return v.neg_().log1p_().neg_().log_().neg_()
 
 
-def survivors(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Which tokens top-k, then top-p leave.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Params:
+    """Of one row.
 
-    Exactly ``top_k`` tokens survive top-k. Of those, top-p keeps the shortest prefix in order whose share of their mass
-    reaches ``top_p``, and at least one.
+    Attributes:
+        temperature: 0 means greedy, as top_k = 1 does.
+        top_k: 0 means all.
+        top_p: 1 means all.
+        min_p: 0 means all.
+        biases: by token id; -inf: never.
+        allowed: the ids that may be sampled; None: all.
+        bad_words: token ids that never follow each other in the output.
+        prompt, output: the sequence's tokens so far.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    biases: Mapping[int, float] = field(default_factory=dict)
+    allowed: Collection[int] | None = None
+    bad_words: Sequence[Sequence[int]] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    prompt: Sequence[int] = ()
+    output: Sequence[int] = ()
+
+
+def edit(logits: Tensor, params: Params) -> Tensor:
+    """Logits that temperature and filters then work on.
+
+    A repetition penalty r makes a logit x of a token in prompt or output x / r where it is positive, else x * r (Keskar
+    et al. 2019); frequency and presence penalties subtract, of tokens in the output, the penalty times their number
+    there, then the penalty (OpenAI's definition). All in float32, each operation rounded by itself.
+
+    Args:
+        logits: [vocab_size] float32.
+    Returns:
+        [vocab_size] float32, others than the given ones.
+    """
+    edited = logits.clone()
+    for token, bias in params.biases.items():
+        edited[token] += bias
+    if params.allowed is not None:
+        forbidden = torch.ones(len(logits), dtype=torch.bool)
+        forbidden[list(params.allowed)] = False
+        edited[forbidden] = -torch.inf
+    for *before, last in params.bad_words:
+        if not before or list(params.output[-len(before) :]) == before:
+            edited[last] = -torch.inf
+    output = torch.bincount(torch.tensor(params.output, dtype=torch.int64), minlength=len(logits))
+    seen = output > 0
+    seen[list(params.prompt)] = True
+    repetition = torch.tensor(params.repetition_penalty, dtype=torch.float32)
+    penalised = torch.where(edited > 0, edited / repetition, edited * repetition)
+    edited = torch.where(seen, penalised, edited)
+    edited -= torch.tensor(params.frequency_penalty, dtype=torch.float32) * output
+    edited -= torch.tensor(params.presence_penalty, dtype=torch.float32) * (output > 0)
+    return edited
+
+
+def survivors(scaled: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+    """Which tokens min-p, then top-k, then top-p leave.
+
+    Min-p keeps tokens whose probability is at least ``min_p`` times the largest: values from largest + log(min_p) on,
+    that sum rounded to float32. Of those, top-k keeps the first ``top_k``, exactly. Of those, top-p keeps the shortest
+    prefix in order whose share of their mass reaches ``top_p``, and at least one.
 
     Args:
         scaled: [vocab_size] float32, logits / temperature.
         top_k: 0 means all.
         top_p: 1 means all.
+        min_p: 0 means all.
     Returns:
         ids of the survivors, in order.
     """
-    values, ids = scaled.sort(descending=True, stable=True)
+    values, ids = torch.where(scaled.isnan(), -torch.inf, scaled).sort(descending=True, stable=True)
+    if min_p > 0:
+        bound = torch.tensor(float(values[0]) + math.log(min_p), dtype=torch.float32)
+        values, ids = values[values >= bound], ids[values >= bound]
     if top_k:
         values, ids = values[:top_k], ids[:top_k]
     if top_p >= 1:
@@ -102,17 +180,47 @@ def survivors(scaled: Tensor, top_k: int, top_p: float) -> Tensor:
     return ids[: max(1, int((before < top_p * weights.sum()).sum()))]
 
 
-def sample_row(logits: Tensor, temperature: float, top_k: int, top_p: float, seed: int, position: int) -> int:
+def sample_row(logits: Tensor, params: Params, position: int) -> int:
     """Samples one token.
 
     Args:
-        logits: [vocab_size] float32.
-        temperature: 0 means greedy, as top_k = 1 does.
+        logits: [vocab_size] float32, of the model.
+        position: index of the sampled token in its sequence's output.
     """
-    if temperature < MIN_TEMPERATURE or top_k == 1:
-        return int(logits.argmax())
-    scaled = logits / temperature
-    ids = survivors(scaled, top_k, top_p).sort().values
-    k0, k1 = noise_keys(np.array([seed], dtype=np.uint64), np.array([position]))
+    edited = edit(logits, params)
+    if params.temperature < MIN_TEMPERATURE or params.top_k == 1:
+        return int(torch.where(edited.isnan(), -torch.inf, edited).argmax())
+    scaled = edited / params.temperature
+    ids = survivors(scaled, params.top_k, params.top_p, params.min_p).sort().values
+    k0, k1 = noise_keys(np.array([params.seed], dtype=np.uint64), np.array([position]))
     noise = gumbel_noise(ids, torch.from_numpy(k0), torch.from_numpy(k1))[0]
-    return int(ids[(scaled[ids] + noise).argmax()])
+    return int(ids[torch.where(scaled[ids].isnan(), -torch.inf, scaled[ids] + noise).argmax()])
+
+
+class TokenLogprobs(NamedTuple):
+    """Of one sampled token.
+
+    Attributes:
+        logprob: natural, float64.
+        rank: its place in the order of all tokens, from 1.
+        top_ids, top_logprobs: the first tokens in that order.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+def token_logprobs(logits: Tensor, token: int, num_top: int) -> TokenLogprobs:
+    """What the model makes of a token.
+
+    Args:
+        logits: [vocab_size] float32, of the model.
+        num_top: how many of the likeliest tokens to name.
+    """
+    logprobs = torch.where(logits.isnan(), -torch.inf, logits).double().log_softmax(0)
+    order = logprobs.sort(descending=True, stable=True).indices
+    rank = int((order == token).nonzero()) + 1
+    top = order[:num_top]
+    return TokenLogprobs(float(logprobs[token]), rank, top.tolist(), logprobs[top].tolist())

@@ -64,6 +64,21 @@ def test_json_of_several_completions(server: FakeServer, capsys: pytest.CaptureF
     assert all(choice["prompt_token_ids"] == [97, 98] for choice in answer["choices"])
 
 
+def test_logprobs_as_text_and_json(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """A line per token below the text."""
+    assert run(server, "x", "--max-tokens", "2", "--logprobs", "1") == 0
+    text, _, *lines = capsys.readouterr().out.splitlines()
+    assert text == "t0 t1 "
+    assert [line.split() for line in lines] == [
+        ["token", "logprob", "rank", "likeliest"],
+        ["0", "-0.5000", "1", "0:", "-0.5000"],
+        ["1", "-1.5000", "2", "0:", "-0.5000"],
+    ]
+    assert run(server, "x", "--max-tokens", "2", "--logprobs", "0", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["logprobs"] == [{"logprob": -0.5, "rank": 1, "top": []}, {"logprob": -1.5, "rank": 2, "top": []}]
+
+
 def test_text_streams(server: FakeServer) -> None:
     """The first words are there long before the last; Ctrl-C ends the request on the server as well."""
     command = [

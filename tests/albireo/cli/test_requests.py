@@ -31,6 +31,12 @@ def test_every_parameter_by_its_api_name() -> None:
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,
         "n": 2,
+        "min_p": 0.25,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "bad_words": ["a"],
+        "logprobs": 0,
     }
     assert params.keys() <= set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
     request = parse({"prompt": "x", "request_id": "label", "priority": -1, **params})
@@ -122,10 +128,28 @@ def test_any_json_is_a_request_or_an_invalid_one(fields: dict[str, Any]) -> None
     assert pb.GenerateRequest.FromString(request.SerializeToString()) == request
 
 
+def test_structures_are_json_too() -> None:
+    """Maps and lists of ids as protobuf's JSON has them."""
+    fields = {"logit_bias": {"5": -1.5}, "allowed_token_ids": {"ids": [1, 2]}, "bad_words_token_ids": [{"ids": [3]}]}
+    params = parse({"prompt": "x", **fields}).sampling_params
+    assert (dict(params.logit_bias), list(params.allowed_token_ids.ids)) == ({5: -1.5}, [1, 2])
+    assert [list(word.ids) for word in params.bad_words_token_ids] == [[3]]
+
+
+@pytest.mark.parametrize("text", ["5", "=1", "5=", "a=1", "5=nan", "-1=2"])
+def test_a_bias_that_is_none_is_wrong_usage(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    requests.add_flags(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--logit-bias={text}"])
+    assert "is not ID=VALUE" in capsys.readouterr().err
+
+
 def test_flags() -> None:
     parser = argparse.ArgumentParser()
     requests.add_flags(parser)
     argv = ["--max-tokens", "5", "--temperature", "0.5", "--stop", "a", "--stop", "b", "--stop-token-ids", "7"]
+    argv += ["--logit-bias", "5=-1.5", "--logit-bias", "7=2", "--min-p", "0.1", "--logprobs", "0"]
     argv += ["--ignore-eos", "--no-skip-special-tokens", "--priority", "-3", "--request-id", "me"]
     values = requests.flag_values(parser.parse_args(argv))
     assert values == {
@@ -133,6 +157,9 @@ def test_flags() -> None:
         "temperature": 0.5,
         "stop": ["a", "b"],
         "stop_token_ids": [7],
+        "logit_bias": {"5": -1.5, "7": 2.0},
+        "min_p": 0.1,
+        "logprobs": 0,
         "ignore_eos": True,
         "skip_special_tokens": False,
         "priority": -3,

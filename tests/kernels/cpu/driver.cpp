@@ -86,8 +86,12 @@ struct Shared {
   Arena arena{1};
   float *partials[2][kRanks];  // by turns
   float *logits = arena.make<float>(kRows * kFullVocab);
+  float *raw = arena.make<float>(kRows * kFullVocab);
+  AlbireoCandidates *candidates[kRanks];
+  AlbireoTokenLogprobs *logprobs = arena.make<AlbireoTokenLogprobs>(kRows);
   int32_t *tokens = arena.make<int32_t>(kRows);
   Shared() {
+    for (auto &of_rank : candidates) of_rank = arena.make<AlbireoCandidates>(kRows);
     for (auto &turn : partials) {
       for (float *&partial : turn) partial = arena.make<float>(kMaxTokens * kHidden);
     }
@@ -105,14 +109,11 @@ class Model {
     add_norm(0, false, last, ALBIREO_EACH_SAMPLE);
     AlbireoRows logits = {shared.logits + rank * kVocab, nullptr, kFullVocab, ALBIREO_FLOAT32, kVocab};
     add_gemm(last, arena_.matrix(dtype, kVocab, kHidden), logits, ALBIREO_STORE, ALBIREO_EACH_SAMPLE);
-    const int64_t scratch = (albireo_sample_scratch_bytes(kFullVocab) + 63) / 64 * 64;
-    sample_.kind = ALBIREO_OP_SAMPLE;
-    sample_.of.sample = {shared.logits, shared.tokens, arena_.make<char>(kThreads * scratch), scratch, kFullVocab,
-                         kFullVocab, 0};
+    add_sampling();
   }
 
   AlbireoProgram forward() const { return {ops_.data(), (int32_t)ops_.size(), 0}; }
-  AlbireoProgram sample() const { return {&sample_, 1, 0}; }
+  AlbireoProgram sample() const { return {sample_ops_.data(), (int32_t)sample_ops_.size(), 0}; }
 
  private:
   AlbireoOp &add(AlbireoOpKind kind, AlbireoExtent extent = ALBIREO_EACH_TOKEN) {
@@ -163,22 +164,58 @@ class Model {
     return out;
   }
 
+  // Candidates of each rank's own columns are merged.
+  void add_sampling() {
+    const int64_t bytes = (albireo_sample_scratch_bytes(kFullVocab) + 63) / 64 * 64;
+    const AlbireoScratch scratch = {arena_.make<char>(kThreads * bytes), bytes, kFullVocab, 0};
+    const AlbireoSlotTokens slot_tokens = {arena_.make<int32_t>(kRows * kFullVocab), arena_.make<int32_t>(kRows * kFullVocab),
+                                           arena_.make<int32_t>(kRows), arena_.make<int32_t>(kRows * ALBIREO_NUM_RECENT),
+                                           arena_.make<int32_t>(kRows), kFullVocab, 0};
+    sample_ops_.resize(3);
+    const int32_t first = rank_ * kVocab;
+    sample_ops_[0].kind = ALBIREO_OP_SELECT;
+    sample_ops_[0].of.select = {{shared_.logits + first, kFullVocab, first, kVocab}, shared_.raw + first,
+                                shared_.candidates[rank_], slot_tokens, scratch, ALBIREO_ALL_ROWS, 0};
+    sample_ops_[1].kind = ALBIREO_OP_DRAW;
+    AlbireoDraw &draw = sample_ops_[1].of.draw;
+    draw = {{shared_.logits, kFullVocab, 0, kFullVocab}, shared_.raw, {}, kRanks, 1, shared_.tokens, shared_.logprobs,
+            scratch, ALBIREO_OWN_ROWS, 0};
+    for (int rank = 0; rank < kRanks; rank++) draw.candidates[rank] = shared_.candidates[rank];
+    sample_ops_[2].kind = ALBIREO_OP_PUBLISH;
+    sample_ops_[2].of.publish = {shared_.tokens, shared_.logprobs, slot_tokens, first, kVocab, 1, 0};
+  }
+
   Shared &shared_;
   int rank_;
   Arena arena_;
   AlbireoRows residual_ = arena_.rows(kMaxTokens, kHidden, ALBIREO_FLOAT32);
   std::vector<AlbireoOp> ops_;
-  AlbireoOp sample_{};
+  std::vector<AlbireoOp> sample_ops_;
 };
 
 // Step 0 computes prompts of several lengths; each further one, a token of each row.
 struct Step {
   static constexpr int kPrompts[kRows] = {5, 31, 44};
-  std::vector<int32_t> ids, slots, contexts, tables, sample_slots, top_k, suppressed_ids, tokens;
+  std::vector<int32_t> ids, slots, contexts, tables, sample_slots, top_k, bias_ids, tokens;
   std::vector<uint8_t> from_last;
-  std::vector<int64_t> positions, mapping, starts{0}, sample_rows, suppressed_starts{0};
-  std::vector<float> temperature, top_p;
+  std::vector<int64_t> positions, mapping, starts{0}, sample_rows, bias_starts{0};
+  std::vector<float> temperature, top_p, min_p, biases;
   std::vector<uint64_t> keys;
+  // Of the middle row: penalties, a bad word of two tokens, and an odd bit field; of the last one: logprobs.
+  std::vector<uint32_t> odd_ids = std::vector<uint32_t>(kFullVocab / 32 + 1, 0xAAAAAAAAu);
+  std::vector<const uint32_t *> allowed{nullptr, odd_ids.data(), nullptr};
+  std::vector<int64_t> word_starts{0, 0, 1, 1}, word_token_starts{0, 2};
+  std::vector<int32_t> word_tokens{5, 7}, num_top{-1, -1, 20}, ranks = std::vector<int32_t>(kRows);
+  std::vector<float> repetition{1, 1.2f, 1}, presence{0, 0.5f, 0}, frequency{0, 0.1f, 0};
+  std::vector<uint8_t> has_history{0, 1, 0};
+  std::vector<float> logprobs = std::vector<float>(kRows), top_logprobs = std::vector<float>(kRows * ALBIREO_MAX_TOP);
+  std::vector<int32_t> top_ids = std::vector<int32_t>(kRows * ALBIREO_MAX_TOP);
+  std::vector<int32_t> history_slots{kRows - 2}, history_ids{3, 9, 40}, history_counts{1, 3, 2}, num_output{1};
+  std::vector<int32_t> recent = std::vector<int32_t>(ALBIREO_NUM_RECENT, 5);
+  std::vector<int64_t> history_starts{0, 3};
+  AlbireoEdits edits{};
+  AlbireoHistories histories{};
+  AlbireoLogprobs told{};
   AlbireoStep c{};
 
   Step(int index, int32_t *last_tokens) {
@@ -191,8 +228,14 @@ struct Step {
     c.positions = positions.data(), c.slot_mapping = mapping.data(), c.query_starts = starts.data();
     c.context_lens = contexts.data(), c.block_tables = tables.data();
     c.sample_rows = sample_rows.data(), c.sample_slots = sample_slots.data();
-    c.temperature = temperature.data(), c.top_p = top_p.data(), c.top_k = top_k.data(), c.noise_keys = keys.data();
-    c.suppressed_starts = suppressed_starts.data(), c.suppressed_ids = suppressed_ids.data();
+    edits = {bias_starts.data(),       bias_ids.data(),    biases.data(),     allowed.data(),  word_starts.data(),
+             word_token_starts.data(), word_tokens.data(), repetition.data(), presence.data(), frequency.data(),
+             has_history.data()};
+    histories = {1, 0, history_slots.data(), history_starts.data(), history_ids.data(), history_counts.data(), recent.data(),
+                 num_output.data()};
+    told = {num_top.data(), logprobs.data(), ranks.data(), top_ids.data(), top_logprobs.data()};
+    c.sampling = {temperature.data(), top_p.data(), min_p.data(),  top_k.data(),
+                  keys.data(),        &edits,       index == 0 ? &histories : nullptr, &told};
     c.tokens = tokens.data(), c.last_tokens = last_tokens;
   }
 
@@ -214,8 +257,9 @@ struct Step {
     temperature.push_back(row == 0 ? 0.0f : 0.8f);
     top_p.push_back(row == 1 ? 0.9f : 1.0f), top_k.push_back(row == 2 ? 20 : 0);
     keys.push_back(0x123456789ABCDEFu * (index * kRows + row + 1));
-    if (row == 1) suppressed_ids.push_back(3), suppressed_ids.push_back(kFullVocab - 1);
-    suppressed_starts.push_back((int64_t)suppressed_ids.size());
+    min_p.push_back(row == 2 ? 0.01f : 0.0f);
+    if (row == 1) bias_ids.push_back(3), biases.push_back(-1.0f), bias_ids.push_back(kFullVocab - 2), biases.push_back(2.0f);
+    bias_starts.push_back((int64_t)bias_ids.size());
   }
 };
 

@@ -1,5 +1,6 @@
 """Devices run steps in order, alone and in groups; nothing that a rank waits for can hold it for long."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 
 from albireo.errors import AlbireoError, GroupError
 from albireo_kernels.cpu import (
+    CANDIDATES,
     UNPINNED,
     Device,
     Dtype,
@@ -23,13 +26,16 @@ from albireo_kernels.cpu import (
     Matrix,
     Op,
     Program,
+    RankSampling,
     Rows,
+    SharedSampling,
+    SlotTokens,
     Status,
     add_norm,
     allocate,
     embed,
     gemm,
-    sample,
+    sampling_ops,
 )
 from cpu_kernels import Array, assert_rows_close, step_of
 
@@ -136,6 +142,20 @@ def test_a_step_s_times_are_in_order(native: Library) -> None:
         on_all(devices, run)
 
 
+def test_what_a_step_worked_on_may_go_when_it_is_complete(native: Library) -> None:
+    """Its programs' memory is used for other things at once, while the team's other thread is about to wait."""
+    rows = Rows(1, SIZE, Dtype.FLOAT32)
+    op = add_norm(rows, [], np.ones(SIZE, np.float32), Rows(1, SIZE, Dtype.FLOAT32), eps=1e-6)
+    with Device(native, [UNPINNED] * 2) as device:
+        device.join(None, 0, 1, timeout_s=1)
+        for _ in range(500):
+            programs, step = [Program([op]), Program([op])], step_of([1])
+            device.submit(*programs, step)
+            device.wait(step, timeout_s=20)
+            for program in programs:
+                ctypes.memset(ctypes.byref(program.c), 0xFF, ctypes.sizeof(program.c))
+
+
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_has_every_token_and_the_next_step_reads_them(library: Library, size: int) -> None:
     rng = np.random.default_rng(2)
@@ -144,16 +164,19 @@ def test_every_rank_has_every_token_and_the_next_step_reads_them(library: Librar
     logits = random(rng, num_rows, vocab_size)
     logits[np.arange(num_rows), expected] = 100
     table = random(rng, vocab_size, SIZE)
-    shared_logits, shared_tokens = allocate((num_rows, 512), np.float32), allocate(num_rows, np.int32)
-    shared_logits[:, :vocab_size] = logits
+    shared_logits = allocate((num_rows, 512), np.float32)[:, :vocab_size]
+    shared_logits[:] = logits
+    candidates = [np.zeros(num_rows, CANDIDATES) for _ in range(size)]
+    shared = replace(SharedSampling.alone(shared_logits), candidates=candidates)
 
     def run(rank: int, device: Device) -> None:
         scratch = allocate((device.num_threads, library.sample_scratch_bytes(vocab_size)), np.uint8)
-        op = sample(shared_logits[:, :vocab_size], shared_tokens, scratch)
+        ids = range(rank * vocab_size // size, (rank + 1) * vocab_size // size)
+        own = RankSampling(rank, ids, SlotTokens(num_rows, 1), scratch)
         slots = rng.permutation(num_rows).astype(np.int32)
         last_tokens = np.zeros(num_rows, dtype=np.int32)
         first = step_of([1] * num_rows, sampled=range(num_rows), sample_slots=slots, last_tokens=last_tokens)
-        device.submit(NOTHING, Program([op]), first)
+        device.submit(NOTHING, Program(sampling_ops("merge", shared, own)), first)
         all_from_last = np.ones(num_rows, dtype=np.bool_)
         second = step_of([1] * num_rows, from_last_token=all_from_last, token_slots=slots, last_tokens=last_tokens)
         out = Rows(num_rows, SIZE, Dtype.FLOAT32)

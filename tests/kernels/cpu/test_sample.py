@@ -1,7 +1,6 @@
 """The compiled sampler draws what the oracle draws, by every route, and alike on all threads and ranks."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from albireo_kernels import reference
-from albireo_kernels.cpu import UNPINNED, Device, GroupMemory, Library, Program, StepData, allocate, sample
+from albireo_kernels.cpu import (
+    MAX_TOP,
+    Edits,
+    Library,
+    Logprobs,
+    Op,
+    Program,
+    RankSampling,
+    Sampling,
+    SharedSampling,
+    SlotTokens,
+    StepData,
+    allocate,
+    sampling_ops,
+)
 from albireo_kernels.reference.sampling import MIN_TEMPERATURE
 from cpu_kernels import DEVICES, Array, run, step_of, tensor
 
@@ -25,9 +38,21 @@ class Request:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int = 0
     position: int = 0
     suppressed: tuple[int, ...] = ()
+
+    @property
+    def params(self) -> reference.Params:
+        return reference.Params(
+            temperature=float(np.float32(self.temperature)),
+            top_k=self.top_k,
+            top_p=float(np.float32(self.top_p)),
+            min_p=float(np.float32(self.min_p)),
+            seed=self.seed,
+            biases=dict.fromkeys(self.suppressed, -np.inf),
+        )
 
 
 def keys_of(requests: Sequence[Request]) -> tuple[Array, Array]:
@@ -35,7 +60,26 @@ def keys_of(requests: Sequence[Request]) -> tuple[Array, Array]:
     return reference.noise_keys(seeds, np.array([request.position for request in requests]))
 
 
-def sample_step(requests: Sequence[Request]) -> tuple[StepData, Array]:
+def biases_of(requests: Sequence[Request]) -> Edits:
+    count = len(requests)
+    ids = [token for request in requests for token in request.suppressed]
+    ones, zeros = np.ones(count, dtype=np.float32), np.zeros(count, dtype=np.float32)
+    return Edits(
+        bias_starts=np.cumsum([0, *(len(request.suppressed) for request in requests)]),
+        bias_ids=np.array(ids, dtype=np.int32),
+        biases=np.full(len(ids), -np.inf, dtype=np.float32),
+        allowed=np.zeros(count, dtype=np.uint64),
+        word_starts=np.zeros(count + 1, dtype=np.int64),
+        word_token_starts=np.zeros(1, dtype=np.int64),
+        word_tokens=np.zeros(0, dtype=np.int32),
+        repetition_penalty=ones,
+        presence_penalty=zeros,
+        frequency_penalty=zeros,
+        has_history=np.zeros(count, dtype=np.bool_),
+    )
+
+
+def sample_step(requests: Sequence[Request], logprobs: Logprobs | None = None) -> tuple[StepData, Array]:
     """A step, and the last tokens of its slots, which lie in reverse."""
     count = len(requests)
     k0, k1 = keys_of(requests)
@@ -44,12 +88,15 @@ def sample_step(requests: Sequence[Request]) -> tuple[StepData, Array]:
         [1] * count,
         sampled=range(count),
         sample_slots=np.arange(count, dtype=np.int32)[::-1].copy(),
-        temperature=np.array([request.temperature for request in requests], dtype=np.float32),
-        top_k=np.array([request.top_k for request in requests], dtype=np.int32),
-        top_p=np.array([request.top_p for request in requests], dtype=np.float32),
-        noise_keys=k0.astype(np.uint64) | k1.astype(np.uint64) << np.uint64(32),
-        suppressed_starts=np.cumsum([0, *(len(request.suppressed) for request in requests)]),
-        suppressed_ids=np.array([token for request in requests for token in request.suppressed], dtype=np.int32),
+        sampling=Sampling(
+            temperature=np.array([request.temperature for request in requests], dtype=np.float32),
+            top_p=np.array([request.top_p for request in requests], dtype=np.float32),
+            min_p=np.array([request.min_p for request in requests], dtype=np.float32),
+            top_k=np.array([request.top_k for request in requests], dtype=np.int32),
+            noise_keys=k0.astype(np.uint64) | k1.astype(np.uint64) << np.uint64(32),
+            edits=biases_of(requests) if any(request.suppressed for request in requests) else None,
+            logprobs=logprobs,
+        ),
         last_tokens=last_tokens,
     )
     return step, last_tokens
@@ -62,35 +109,35 @@ def shared_logits(logits: Array) -> Array:
     return buffer[:, : logits.shape[1]]
 
 
-def scratch_of(library: Library, num_threads: int, vocab_size: int) -> Array:
-    return allocate((num_threads, library.sample_scratch_bytes(vocab_size)), np.uint8)
+def program(library: Library, num_threads: int, logits: Array) -> list[Op]:
+    """Samples on a rank alone."""
+    num_rows, vocab_size = logits.shape
+    scratch = allocate((num_threads, library.sample_scratch_bytes(vocab_size)), np.uint8)
+    own = RankSampling(0, range(vocab_size), SlotTokens(num_rows, 1), scratch)
+    return sampling_ops("merge", SharedSampling.alone(logits), own)
 
 
 def draw(library: Library, num_threads: int, logits: Array, requests: Sequence[Request]) -> list[int]:
     step, last_tokens = sample_step(requests)
-    shared_tokens = np.full(len(requests), -1, dtype=np.int32)
-    scratch = scratch_of(library, num_threads, logits.shape[1])
-    run(library, num_threads, step, sample(shared_logits(logits), shared_tokens, scratch))
-    assert step.tokens.tolist() == shared_tokens.tolist() == last_tokens[::-1].tolist()
+    run(library, num_threads, step, *program(library, num_threads, shared_logits(logits)))
+    assert step.tokens.tolist() == last_tokens[::-1].tolist()
     return list(step.tokens.tolist())
 
 
 def oracle(logits: Array, request: Request) -> tuple[int, float]:
     """The token, and how much the decision could shift without another outcome."""
-    row, temperature = tensor(logits.copy()), float(np.float32(request.temperature))
-    row[list(request.suppressed)] = -torch.inf
-    top_k, top_p = request.top_k, float(np.float32(request.top_p))
-    token = reference.sample_row(row, temperature, top_k, top_p, request.seed, request.position)
-    if temperature < MIN_TEMPERATURE or top_k == 1:
+    row, params = tensor(logits.copy()), request.params
+    token = reference.sample_row(row, params, request.position)
+    if params.temperature < MIN_TEMPERATURE or params.top_k == 1:
         return token, np.inf
-    scaled = row / temperature
-    ids = reference.survivors(scaled, top_k, top_p)
+    scaled = reference.edit(row, params) / params.temperature
+    ids = reference.survivors(scaled, params.top_k, params.top_p, params.min_p)
     k0, k1 = (torch.from_numpy(key) for key in keys_of([request]))
     scores = (scaled[ids] + reference.gumbel_noise(ids, k0, k1)[0]).double().topk(min(2, len(ids))).values
     margin = float(scores[0] - scores[-1]) if len(ids) > 1 else np.inf
-    if top_p < 1:
-        weights = scaled[reference.survivors(scaled, top_k, 1.0)].double().softmax(dim=0)
-        margin = min(margin, float((weights.cumsum(dim=0) - weights - top_p).abs().min()))
+    if params.top_p < 1:
+        weights = scaled[reference.survivors(scaled, params.top_k, 1.0, params.min_p)].double().softmax(dim=0)
+        margin = min(margin, float((weights.cumsum(dim=0) - weights - params.top_p).abs().min()))
     return token, margin
 
 
@@ -125,6 +172,7 @@ requests_strategy = st.builds(
     temperature=st.one_of(st.just(1.0), st.sampled_from([0.0, 1e-4, 0.01, 100.0]), st.floats(0.1, 5.0)),
     top_k=st.one_of(st.just(0), st.integers(1, 40), st.sampled_from([150, 1000, 4095, 4096, 30_000])),
     top_p=st.one_of(st.just(1.0), st.sampled_from([0.0, 0.001, 0.95, 0.9999]), st.floats(0.01, 1.0)),
+    min_p=st.one_of(st.just(0.0), st.sampled_from([1.0, 1e-6]), st.floats(0.001, 0.5)),
     seed=st.integers(0, 2**64 - 1),
     position=st.integers(0, 2**31),
 )
@@ -167,6 +215,8 @@ def test_large_vocabularies_by_every_route(library: Library, num_threads: int, k
         Request(top_p=0.999, temperature=20),
         Request(top_k=5000),
         Request(top_k=151_935, top_p=0.5),
+        Request(min_p=0.02),
+        Request(top_k=200, min_p=0.01, top_p=0.9),
     ]
     requests = [replace(request, seed=seed, suppressed=(0, 9)) for seed, request in enumerate(routes)]
     logits = random_logits(np.random.default_rng(7), len(requests), 151_936, kind)
@@ -244,36 +294,26 @@ def test_noise_decides_among_equal_logits_as_often_as_it_should(native: Library)
         assert counts[[3, 50, 64, 99]].min() > 880  # 1000, and less than 5 standard deviations below
 
 
-def test_ranks_share_the_rows_and_agree(native: Library) -> None:
-    num_ranks, num_threads, vocab_size = 3, 2, 5000
-    memory = GroupMemory.create(native.group_bytes())
-    rng = np.random.default_rng(3)
-    shared_tokens = np.full(64, -1, dtype=np.int32)
-    devices = [Device(native, [UNPINNED] * num_threads) for _ in range(num_ranks)]
-    try:
-        with ThreadPoolExecutor(num_ranks) as pool:
-            list(pool.map(lambda rank: devices[rank].join(memory.array, rank, num_ranks, 30.0), range(num_ranks)))
-        scratches = [scratch_of(native, num_threads, vocab_size) for _ in devices]
-        buffer = allocate((64, vocab_size), np.float32)
-        for count in (1, 2, 3, 7, 64):
-            logits = random_logits(rng, count, vocab_size, "normal")
-            requests = [Request(top_k=(0, 1, 20)[row % 3], top_p=0.9, seed=row) for row in range(count)]
-            buffer[:count] = logits
-            steps = [sample_step(requests) for _ in devices]
-            for device, scratch, (step, _) in zip(devices, scratches, steps, strict=True):
-                op = sample(buffer[:count], shared_tokens[:count], scratch)
-                device.submit(Program(()), Program((op,)), step)
-            for device, (step, _) in zip(devices, steps, strict=True):
-                device.wait(step, 30.0)
-            alone = draw(native, 1, logits, requests)
-            for step, last_tokens in steps:
-                assert step.tokens.tolist() == alone == last_tokens[::-1].tolist()
-    finally:
-        for device in devices:
-            device.close()
+@pytest.mark.parametrize("kind", KINDS)
+def test_logprobs_are_those_of_the_model(library: Library, num_threads: int, kind: str) -> None:
+    """Of the logits before anything is done to them, whatever is suppressed or filtered."""
+    rng = np.random.default_rng(11)
+    for vocab_size in (1, 70, 5003):
+        logits = random_logits(rng, 5, vocab_size, kind)
+        requests = [Request(top_k=(0, 3)[row % 2], seed=row, suppressed=(0,)[: row % 2]) for row in range(5)]
+        told = Logprobs(np.array([-1, 0, 1, 5, MAX_TOP], dtype=np.int32))
+        step, _ = sample_step(requests, told)
+        run(library, num_threads, step, *program(library, num_threads, shared_logits(logits)))
+        for row in range(1, 5):
+            num_top = min(int(told.num_top[row]), vocab_size)
+            expected = reference.token_logprobs(tensor(logits[row]), int(step.tokens[row]), num_top)
+            np.testing.assert_allclose(told.logprobs[row], expected.logprob, rtol=1e-6, atol=1e-5)
+            assert told.ranks[row] == expected.rank
+            top = slice(0, len([x for x in expected.top_logprobs if x > -np.inf]))
+            assert told.top_ids[row, :num_top][top].tolist() == expected.top_ids[top]
+            np.testing.assert_allclose(told.top_logprobs[row, :num_top][top], expected.top_logprobs[top], atol=1e-5)
 
 
 def test_no_samples_are_no_work(native: Library) -> None:
     step, _ = sample_step([])
-    scratch = scratch_of(native, 2, 100)
-    DEVICES.get(native, 2).run(Program((sample(allocate((1, 100), np.float32), np.zeros(1, np.int32), scratch),)), step)
+    DEVICES.get(native, 2).run(Program(program(native, 2, allocate((1, 100), np.float32))), step)

@@ -7,12 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from grpc import aio
 from smg_grpc_proto import vllm_engine_pb2_grpc
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from albireo import logprobs
 from albireo.arrays import pack_int32, pack_uint64
+from albireo.logprobs import Logprobs
 from albireo.rpc import make_channel, make_server
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, generation_pb2, generation_pb2_grpc, plan_pb2
 from scheduler_svc.frontend.config import FrontendConfig
@@ -156,6 +159,25 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
                 ended=ended,
                 started_sequence_ids=pack_uint64([sequence_id for sequence_id, _ in started]),
                 started_num_cached_tokens=pack_int32([num_cached_tokens for _, num_cached_tokens in started]),
+            )
+        )
+
+    async def send_logprobs(self, sequence_id: int, token_ids: list[int], num_top: int) -> None:
+        """One message with tokens whose logprobs are -1, -2, ..., and so many of the likeliest: 10, 11, ..."""
+        num = len(token_ids)
+        of_tokens = Logprobs(
+            np.arange(num, dtype=np.int32),
+            -np.arange(1, num + 1, dtype=np.float32),
+            np.arange(1, num + 1, dtype=np.int32),
+            np.full(num, num_top, dtype=np.int32),
+            np.tile(np.arange(10, 10 + num_top, dtype=np.int32), num),
+            np.tile(-0.5 - np.arange(num_top, dtype=np.float32) / 4, num),
+        )
+        await self.send_message(
+            frontend_pb2.PlannerMessage(
+                token_sequence_ids=pack_uint64([sequence_id] * num),
+                token_ids=pack_int32(token_ids),
+                logprobs=logprobs.encode(of_tokens),
             )
         )
 

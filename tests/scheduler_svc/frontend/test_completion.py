@@ -8,6 +8,7 @@ from tokenizers import Tokenizer
 
 from albireo.v1 import frontend_pb2, generation_pb2
 from scheduler_svc.frontend.completion import Completion, Delta
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
 
 STOP, LENGTH = generation_pb2.FINISH_REASON_STOP, generation_pb2.FINISH_REASON_LENGTH
@@ -129,3 +130,50 @@ def test_without_text_nothing_is_detokenised(ids: Ids) -> None:
     completion.receive(ids("Hello", "<|eos|>"))
     delta = completion.take()
     assert (delta.text, delta.token_ids) == ("", ids("Hello", "<|eos|>"))
+
+
+def of(*logprobs: float) -> list[TokenLogprobs]:
+    return [TokenLogprobs(each, 1, []) for each in logprobs]
+
+
+def test_logprobs_come_with_their_tokens(open_completion: Callable[..., Completion], ids: Ids) -> None:
+    """Of deltas that gathered, of a stop token whose end is told later, of one that was passed over."""
+    completion = open_completion()
+    completion.receive(ids("Hello"), of(-1))
+    completion.receive(ids(" world", "cab"), of(-2, -3))
+    assert completion.take().logprobs == of(-1, -2)
+    completion.receive(ids("a", "<|eos|>"), of(-4, -5))
+    completion.end(ended(STOP, matched_token_id=ids("<|eos|>")[0], num_output_tokens=5))
+    delta = completion.take()
+    assert (delta.token_ids, delta.logprobs) == (ids("cab", "a", "<|eos|>"), of(-3, -4, -5))
+
+
+def test_a_stop_token_that_is_not_wanted_takes_its_logprobs_with_it(
+    open_completion: Callable[..., Completion], ids: Ids
+) -> None:
+    completion = open_completion(wants_end_token=False)
+    completion.receive(ids("a", "<|eos|>"), of(-1, -2))
+    completion.end(ended(STOP, matched_token_id=ids("<|eos|>")[0], num_output_tokens=2))
+    assert completion.take().logprobs == of(-1)
+
+
+def test_a_stop_string_cuts_logprobs_where_it_cuts_tokens(open_completion: Callable[..., Completion], ids: Ids) -> None:
+    completion = open_completion("lo wo")
+    completion.receive(ids("Hello"), of(-1))
+    assert completion.receive(ids(" world", "a", "b"), of(-2, -3, -4)) == 2
+    delta = completion.take()
+    assert (delta.token_ids, delta.logprobs) == (ids("Hello", " world"), of(-1, -2))
+
+
+def test_what_waits_counts_logprobs(open_completion: Callable[..., Completion], ids: Ids) -> None:
+    """They take more memory than their tokens."""
+    completion = open_completion()
+    completion.receive(ids("a"), [TokenLogprobs(-1, 1, [(5, -1.0)] * 20)])
+    assert completion.num_waiting_bytes > 2000
+    completion.take()
+    assert completion.num_waiting_bytes == 0
+
+
+def test_logprobs_of_another_number_of_tokens_are_a_bug(open_completion: Callable[..., Completion], ids: Ids) -> None:
+    with pytest.raises(ValueError, match="2 logprobs came with 1 tokens"):
+        open_completion().receive(ids("a"), of(-1, -2))

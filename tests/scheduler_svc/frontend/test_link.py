@@ -9,7 +9,7 @@ import pytest
 from albireo.arrays import pack_uint64, unpack_int32
 from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.rpc import make_server
-from albireo.v1 import frontend_pb2, frontend_pb2_grpc
+from albireo.v1 import frontend_pb2, frontend_pb2_grpc, plan_pb2
 from scheduler_svc.frontend.link import PlannerLink
 
 
@@ -26,7 +26,7 @@ class Inbox:
         assert not self.batches
         self.starts.append(num_cached_tokens)
 
-    def receive(self, token_ids: list[int], now: float) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: list[Any]) -> None:
         self.batches.append(token_ids)
 
     def end(self, ended: frontend_pb2.Ended) -> None:
@@ -37,7 +37,7 @@ class Inbox:
 
 
 class BrokenInbox(Inbox):
-    def receive(self, token_ids: list[int], now: float) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: list[Any]) -> None:
         raise RuntimeError("a bug")
 
 
@@ -344,3 +344,15 @@ async def test_what_is_submitted_again_and_again_lost_stays_resumed(link: Any) -
     for _ in range(2):
         link._resubmit()
         assert [submit.is_resumed for message in link._outbox for submit in message.submits] == [True]
+
+
+async def test_submits_with_large_lists_of_allowed_ids_travel_one_by_one() -> None:
+    """A few requests of many completions must not make a message that is too large to send."""
+    link = PlannerLink("unix:/nowhere", "f")
+    link._is_open = True
+    large = plan_pb2.Sampling(allowed_token_ids=bytes(600_000))
+    for sampling in (plan_pb2.Sampling(), large, large, plan_pb2.Sampling(), plan_pb2.Sampling()):
+        link.submit(frontend_pb2.Submit(sampling=sampling), Inbox())
+    submits = [[submit.sequence_id for submit in message.submits] for message in link._outbox]
+    assert submits == [[1, 2], [3], [4, 5]]
+    await link.close()

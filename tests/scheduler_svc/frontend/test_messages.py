@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from albireo import logprobs
 from albireo.arrays import pack_int32, pack_uint64
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2
-from scheduler_svc.frontend.messages import group_tokens, in_messages, started_in, tokens_in
+from scheduler_svc.frontend.logprobs import TokenLogprobs
+from scheduler_svc.frontend.messages import group_tokens, in_messages, logprobs_in, started_in, tokens_in
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1) | st.integers(1, 4), st.integers(0, 2**31 - 1)), min_size=1))
@@ -64,3 +67,30 @@ def test_resubmission_is_packed_into_messages_of_a_bounded_size() -> None:
     assert [submit.sequence_id for message in messages for submit in message.submits] == list(range(20))
     assert len(messages) > 1
     assert max(message.ByteSize() for message in messages) < 32 << 20
+
+
+def test_logprobs_are_grouped_by_sequence_like_their_tokens() -> None:
+    """Sequence 7 has them, with as many of the likeliest as each token brings; sequence 3 has none."""
+    four = Logprobs(
+        indices=np.array([0, 2, 3], dtype=np.int32),
+        logprobs=np.array([-0.5, -1.0, -2.0], dtype=np.float32),
+        ranks=np.array([1, 2, 3], dtype=np.int32),
+        num_top=np.array([2, 0, 1], dtype=np.int32),
+        top_token_ids=np.array([5, 6, 8], dtype=np.int32),
+        top_logprobs=np.array([-0.5, -0.75, -0.25], dtype=np.float32),
+    )
+    message = frontend_pb2.PlannerMessage(
+        token_sequence_ids=pack_uint64([7, 3, 7, 9]), token_ids=pack_int32([1, 2, 3, 4]), logprobs=logprobs.encode(four)
+    )
+    assert logprobs_in(message) == {
+        7: [TokenLogprobs(-0.5, 1, [(5, -0.5), (6, -0.75)]), TokenLogprobs(-1.0, 2, [])],
+        9: [TokenLogprobs(-2.0, 3, [(8, -0.25)])],
+    }
+
+
+def test_logprobs_of_tokens_that_are_not_there_cannot_be_read() -> None:
+    message = frontend_pb2.PlannerMessage(token_sequence_ids=pack_uint64([7]), token_ids=pack_int32([1]))
+    message.logprobs.indices, message.logprobs.logprobs = pack_int32([1]), bytes(4)
+    message.logprobs.ranks = message.logprobs.num_top = bytes(4)
+    with pytest.raises(ValueError, match="not there"):
+        logprobs_in(message)

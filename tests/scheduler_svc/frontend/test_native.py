@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from grpc import aio
 
-from albireo.arrays import unpack_int32
+from albireo.arrays import unpack_float32, unpack_int32
 from albireo.v1 import frontend_pb2
 from albireo.v1.generation_pb2 import (
     FINISH_REASON_ABORT,
@@ -237,3 +237,39 @@ async def test_model_info(world: Any, model_path: Any, ids: Ids) -> None:
     assert list(info.eos_token_ids) == ids("<|eos|>")
     defaults = info.default_sampling_params
     assert (defaults.temperature, defaults.top_p, defaults.top_k) == (np.float32(0.5), 1, 7)
+
+
+async def test_parameters_of_logits_reach_the_planner(world: Any, ids: Ids) -> None:
+    params = SamplingParams(
+        min_p=0.25,
+        repetition_penalty=1.5,
+        presence_penalty=-0.5,
+        frequency_penalty=0.5,
+        logit_bias={3: 200.0},
+        allowed_token_ids=TokenIds(ids=[7, 5, 7]),
+        bad_words=["ab"],
+        bad_words_token_ids=[TokenIds(ids=[1, 2])],
+        logprobs=0,
+    )
+    call = world.native.Generate(GenerateRequest(token_ids=TokenIds(ids=[1]), sampling_params=params))
+    sampling = (await world.planner.submits.get()).sampling
+    for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        assert getattr(sampling, name) == getattr(params, name)
+    assert unpack_int32(sampling.bias_token_ids).tolist() == [3]
+    assert unpack_float32(sampling.biases).tolist() == [100]
+    assert unpack_int32(sampling.allowed_token_ids).tolist() == [5, 7]
+    assert [unpack_int32(word).tolist() for word in sampling.bad_words] == [ids("a", "b"), [1, 2]]
+    assert (sampling.HasField("num_logprobs"), sampling.num_logprobs) == (True, 0)
+    call.cancel()
+
+
+async def test_logprobs_come_with_the_token_ids(world: Any, ids: Ids) -> None:
+    """Every response has as many as token ids."""
+    call = world.native.Generate(request(logprobs=2, stop=["lo wo"]))
+    submit = await world.planner.submits.get()
+    await world.planner.send_logprobs(submit.sequence_id, ids("Hello", " world", "a"), 2)
+    responses = [response async for response in call]
+    assert all(len(response.logprobs) == len(response.token_ids) for response in responses)
+    logprobs = [each for response in responses for each in response.logprobs]
+    assert [(each.logprob, each.rank) for each in logprobs] == [(-1, 1), (-2, 2)]
+    assert [[(top.token_id, top.logprob) for top in each.top] for each in logprobs] == [[(10, -0.5), (11, -0.75)]] * 2

@@ -32,9 +32,14 @@ def request(prompt: Any = (1, 2, 3), request_id: str = "r", tenant: str = "", **
     )
 
 
+def encode(text: str) -> list[int]:
+    """A token per character; a space and the letter after it are one."""
+    return [ord(char) % 100 for char in text.replace(" a", "A").replace(" b", "B").replace("xy", "~")]
+
+
 def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> GenerationRequest:
     given = request(**fields)
-    return validate(given, given.prompt, LIMITS, defaults or SamplingDefaults())
+    return validate(given, given.prompt, LIMITS, defaults or SamplingDefaults(), encode)
 
 
 @pytest.mark.parametrize(
@@ -60,6 +65,26 @@ def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> Genera
         ({"stop": ["x"] * 65}, "stop has 65 strings; 64 at most"),
         ({"stop_token_ids": [5, 100]}, r"stop_token_ids\[1\] is 100; it must be 0 to 99"),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids has 1025 ids; 1024 at most"),
+        ({"min_p": 1.5}, r"min_p is 1.5; it must be in \[0, 1\]"),
+        ({"min_p": math.nan}, "min_p is nan"),
+        ({"presence_penalty": 2.5}, r"presence_penalty is 2.5; it must be in \[-2, 2\]"),
+        ({"frequency_penalty": math.nan}, "frequency_penalty is nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0; it must be a finite number above 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty is inf"),
+        ({"logit_bias": {100: 1.0}}, "logit_bias names token 100; the vocabulary has ids 0 to 99"),
+        ({"logit_bias": {-1: 1.0}}, "logit_bias names token -1"),
+        ({"logit_bias": {5: math.nan}}, r"logit_bias\[5\] is nan; it must be a finite number"),
+        ({"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias has 1025 entries; 1024 at most"),
+        ({"allowed_token_ids": []}, "allowed_token_ids is empty"),
+        ({"allowed_token_ids": [5, 100]}, r"allowed_token_ids\[1\] is 100; the vocabulary"),
+        ({"bad_words": ["b"] * 256, "bad_words_token_ids": [[1]]}, "bad_words: there are 257 bad words.*256 at most"),
+        ({"bad_words": ["a", " "]}, r"bad_words\[1\] has 0 tokens; it must have 1 to 64"),
+        ({"bad_words": ["c" * 65]}, r"bad_words\[0\] has 65 tokens"),
+        ({"bad_words": ["c" * 1025]}, r"bad_words\[0\] has 1025 characters; 1024 at most"),
+        ({"bad_words_token_ids": [[1], []]}, r"bad_words_token_ids\[1\] has 0 tokens"),
+        ({"bad_words_token_ids": [[1, 100]]}, r"bad_words_token_ids\[0\] has token 100; the vocabulary"),
+        ({"logprobs": 21}, "logprobs is 21; it must be 0 to 20"),
+        ({"logprobs": -1}, "logprobs is -1; it must be 0 to 20"),
         ({"request_id": "x" * 257}, "request_id has 257 characters; 256 at most"),
         ({"request_id": "a\nb"}, r"request_id\[1\] is '\\n'; it must not have control characters"),
         ({"request_id": "\u2028"}, r"request_id\[0\] is '\\u2028'"),
@@ -140,3 +165,44 @@ def test_completions_have_different_seeds_that_follow_from_the_request() -> None
     assert len(set(seeds)) == 3
     assert seeds == [other.seed_of(i) for i in range(3)]
     assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_parameters_of_logits_that_are_absent_change_nothing() -> None:
+    given = validated().logits
+    assert (given.min_p, given.repetition_penalty, given.presence_penalty, given.frequency_penalty) == (0, 1, 0, 0)
+    assert (given.bad_words, given.num_logprobs, len(given.bias_token_ids), len(given.allowed_token_ids)) == (
+        (),
+        None,
+        0,
+        0,
+    )
+    given = validated(SamplingDefaults(min_p=0.1, repetition_penalty=1.1)).logits
+    assert (given.min_p, given.repetition_penalty) == (0.1, 1.1)
+
+
+def test_biases_are_clamped_and_in_the_order_of_their_ids() -> None:
+    given = validated(logit_bias={7: 1e9, 3: -250.0, 5: 1.5}).logits
+    assert given.bias_token_ids.tolist() == [3, 5, 7]
+    assert given.biases.tolist() == [-100, 1.5, 100]
+
+
+def test_allowed_ids_count_once_and_all_of_them_are_no_limit() -> None:
+    assert validated(allowed_token_ids=[9, 3, 9]).logits.allowed_token_ids.tolist() == [3, 9]
+    assert validated(allowed_token_ids=range(100)).logits.allowed_token_ids.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a", [(ord("a"),), (ord("A"),)]),  # with a space it is another token
+        ("  ac", [(97, 99), (65, 99)]),  # its own spaces do not count
+        ("c", [(99,)]),  # with a space it has one token more
+    ],
+)
+def test_a_bad_word_is_forbidden_with_and_without_a_space(text: str, words: list[tuple[int, ...]]) -> None:
+    expected = [tuple(token % 100 for token in word) for word in words]
+    assert list(validated(bad_words=[text]).logits.bad_words) == expected
+
+
+def test_a_bad_word_of_ids_is_forbidden_as_it_is() -> None:
+    assert validated(bad_words=["a"], bad_words_token_ids=[[1, 2], [97]]).logits.bad_words == ((97,), (65,), (1, 2))

@@ -10,7 +10,7 @@ from grpc import aio
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto.generated import common_pb2
 
-from albireo.arrays import unpack_int32
+from albireo.arrays import unpack_float32, unpack_int32
 from albireo.v1.generation_pb2 import FINISH_REASON_ABORT, FINISH_REASON_STOP
 from scheduler_svc.frontend import vllm_fields
 from scheduler_svc.frontend.text import Detokenizer
@@ -125,6 +125,43 @@ async def test_sampling_parameters_reach_the_planner(world: Any) -> None:
     call.cancel()
 
 
+async def test_parameters_of_logits_reach_the_planner(world: Any) -> None:
+    """A repetition_penalty of 0 is an absent one."""
+    params = {"min_p": 0.25, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.5}
+    call = world.vllm.Generate(request(**params, logit_bias={5: 0.5, 3: -1.0}, logprobs=4))
+    sampling = (await world.planner.submits.get()).sampling
+    assert {name: getattr(sampling, name) for name in params} == params
+    assert unpack_int32(sampling.bias_token_ids).tolist() == [3, 5]
+    assert unpack_float32(sampling.biases).tolist() == [-1, 0.5]
+    assert sampling.num_logprobs == 4
+    call.cancel()
+    call = world.vllm.Generate(request())
+    sampling = (await world.planner.submits.get()).sampling
+    assert (sampling.repetition_penalty, sampling.HasField("num_logprobs")) == (1, False)
+    call.cancel()
+
+
+@pytest.mark.parametrize("num_top", [0, 2])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_come_with_the_token_ids(world: Any, ids: Ids, stream: bool, num_top: int) -> None:
+    """Parallel arrays; the likeliest ones only where they are asked for. The end of a stream repeats none."""
+    call = world.vllm.Generate(request(stream=stream, logprobs=num_top, stop=["lo wo"]))
+    submit = await world.planner.submits.get()
+    await world.planner.send_logprobs(submit.sequence_id, ids("Hello", " world", "a"), num_top)
+    responses = [response async for response in call]
+    given = (
+        [r.chunk.output_logprobs for r in responses if r.HasField("chunk")]
+        if stream
+        else [responses[-1].complete.output_logprobs]
+    )
+    assert [i for each in given for i in each.token_ids] == ids("Hello", " world")
+    assert [value for each in given for value in each.token_logprobs] == [-1, -2]
+    tops = [top for each in given for top in each.top_logprobs]
+    assert [list(top.token_ids) for top in tops] == [[10, 11]] * 2 * bool(num_top)
+    assert [list(top.values) for top in tops] == [[-0.5, -0.75]] * 2 * bool(num_top)
+    assert responses[-1].complete.HasField("output_logprobs") is not stream
+
+
 async def test_abort_ends_the_stream(world: Any, ids: Ids) -> None:
     call = world.vllm.Generate(request(stream=True))
     submit = await world.planner.submits.get()
@@ -159,13 +196,7 @@ async def test_cancelling_the_call_cancels_its_sequences(world: Any, stream: boo
 @pytest.mark.parametrize(
     ("name", "params"),
     [
-        ("min_p", {"min_p": 0.1}),
-        ("frequency_penalty", {"frequency_penalty": -0.5}),
-        ("presence_penalty", {"presence_penalty": float("nan")}),
-        ("repetition_penalty", {"repetition_penalty": 1.1}),
-        ("logprobs", {"logprobs": 0}),
         ("prompt_logprobs", {"prompt_logprobs": 1}),
-        ("logit_bias", {"logit_bias": {3: 1.0}}),
         ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
         ("grammar_from_first_token", {"grammar_from_first_token": True}),
         ("json_schema", {"json_schema": "{}"}),
@@ -204,7 +235,8 @@ async def test_request_fields_that_are_not_served_are_named(world: Any, name: st
 SERVED = {
     "GenerateRequest": "request_id tokenized text sampling_params stream",
     "SamplingParams": "temperature top_p top_k max_tokens min_tokens stop stop_token_ids skip_special_tokens ignore_eos"
-    " n seed include_stop_str_in_output",
+    " n seed include_stop_str_in_output min_p frequency_penalty presence_penalty repetition_penalty logprobs"
+    " logit_bias",
     "TokenizedInput": "input_ids",
     "AbortRequest": "request_ids",
 }
@@ -231,6 +263,9 @@ def test_every_field_of_a_request_is_served_or_refused_or_shapes_text_only(name:
         (request(max_tokens=0), "sampling_params.max_tokens is 0"),
         (request(temperature=-1.0), "sampling_params.temperature is -1"),
         (request(n=200), "sampling_params.n is 200"),
+        (request(logprobs=-1), "sampling_params.logprobs is -1"),
+        (request(logit_bias={-3: 1.0}), "sampling_params.logit_bias names token -3"),
+        (request(min_p=2.0), "sampling_params.min_p is 2"),
         (request(fields={"data_parallel_rank": -1}), "data_parallel_rank is -1"),
     ],
 )

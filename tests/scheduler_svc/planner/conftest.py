@@ -166,7 +166,7 @@ class Inbox:
     def start(self, num_cached_tokens: int) -> None:
         self.num_cached_tokens = num_cached_tokens
 
-    def receive(self, token_ids: list[int], now: float) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: list[Any]) -> None:
         self.tokens += token_ids
 
     def end(self, ended: frontend_pb2.Ended) -> None:

@@ -119,8 +119,8 @@ def test_one_that_runs_is_dropped_at_its_deadline_and_gives_everything_back() ->
     (dropped,) = drop_overdue(world.state, int(1.1 * S))
     assert dropped.sequence_id == 1
     while world.run_device() or world.state.in_flight:
-        step_id, tokens = world.results.popleft()
-        assert len(commit_step(world.state, step_id, tokens).token_ids) == 0
+        result = world.results.popleft()
+        assert len(commit_step(world.state, result.step_id, result.token_ids).token_ids) == 0
     assert world.state.is_idle
     assert world.state.pool.num_free == world.state.pool.num_blocks
 

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from albireo.arrays import unpack_int32
+from albireo.arrays import pack_float32, pack_int32, unpack_int32
+from albireo.plan import decode_plan, encode_plan
+from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.arrivals import apply_message
 from scheduler_svc.planner.block_pool import BlockPool
-from simulation import EOS, Simulation
+from scheduler_svc.planner.policy import plan_step
+from simulation import EOS, Simulation, any_sampling
 
 VOCAB_SIZE = 53
 COMMON = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]  # what many prompts begin with
@@ -52,9 +56,12 @@ class PlannerMachine(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 0.7]),
         seed=st.integers(0, 2**64 - 1),
         min_tokens=st.integers(0, 12),
+        edits=st.one_of(st.none(), st.integers(0, 2**32)),
     )
-    def submit(self, beginning, prompt, num, max_tokens, seed, **parameters):
+    def submit(self, beginning, prompt, num, max_tokens, seed, edits, **parameters):
         """``num`` completions of a prompt that may begin like others."""
+        if edits is not None:
+            parameters |= any_sampling(random.Random(edits), VOCAB_SIZE)
         label = f"r{len(self.simulation.expected) % 7}"
         prompt = [*COMMON[:beginning], *prompt][:47]
         for index in range(num):
@@ -146,6 +153,7 @@ def load(simulation: Simulation, rng: random.Random, num: int) -> None:
             temperature=rng.choice([0.0, 1.0]),
             seed=rng.getrandbits(64),
             min_tokens=rng.choice([0, 0, 9]),
+            **(any_sampling(rng, simulation.limits.vocab_size) if rng.random() < 0.5 else {}),
         )
         for _pause in range(rng.choice([0, 0, 3, 20])):
             rng.choice([simulation.plan, simulation.run_device, simulation.commit])()
@@ -275,3 +283,77 @@ def test_min_tokens_suppresses_what_would_end_the_sequence_whatever_the_front_en
     )
     (sequence,) = simulation.state.sequences.values()
     assert unpack_int32(sequence.sampling.suppressed_token_ids).tolist() == suppressed
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_parameters_that_look_at_the_output_survive_preemption(tp_size, depth):
+    """Every sequence has penalties, bad words and logprobs; counts are those of its own tokens, whatever the slot."""
+    rng = random.Random(depth)
+    simulation = Simulation(tp_size, depth, block_size=2, num_blocks=34, max_num_seqs=6, max_model_len=64)
+    bad_words = [pack_int32([first, second]) for first in range(53) for second in (5, 6, 7)]
+    for _ in range(12):
+        simulation.submit(
+            [rng.randrange(53) for _ in range(rng.randrange(1, 20))],
+            40,
+            ignore_eos=True,
+            temperature=rng.choice([0.0, 1.0]),
+            repetition_penalty=1.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.5,
+            bad_words=bad_words,
+            num_logprobs=rng.choice([0, 2]),
+        )
+    simulation.finish()
+    assert simulation.num_preemptions > 0
+    for expected in simulation.expected.values():
+        assert not {5, 6, 7} & set(expected.got[1:])
+
+
+def test_the_truth_machine_sees_a_wrong_count():
+    """A token that is missing in a slot's history changes what is sampled with penalties."""
+    simulation = Simulation()
+    simulation.submit([1, 2, 3], 20, ignore_eos=True, frequency_penalty=1.0)
+    for _ in range(4):
+        simulation.plan(), simulation.run_device(), simulation.commit()
+    (tokens,) = simulation.engines[0]._sampler._of_slot.values()
+    tokens.output.pop()
+    with pytest.raises(AssertionError, match="a wrong token"):
+        simulation.finish()
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("min_p", {"min_p": 1.5}),
+        ("repetition_penalty", {"repetition_penalty": -1.0}),
+        ("presence_penalty", {"presence_penalty": 3.0}),
+        ("frequency_penalty", {"frequency_penalty": float("nan")}),
+        ("bias_token_ids", {"bias_token_ids": pack_int32([53]), "biases": pack_float32([1])}),
+        ("biases", {"bias_token_ids": pack_int32([5]), "biases": b"abc"}),
+        ("biases", {"bias_token_ids": pack_int32([5, 5]), "biases": pack_float32([1, 1])}),
+        ("biases", {"bias_token_ids": pack_int32([5]), "biases": pack_float32([float("inf")])}),
+        ("allowed_token_ids", {"allowed_token_ids": pack_int32([3] * 54)}),
+        ("bad_words", {"bad_words": [b""]}),
+        ("bad_words", {"bad_words": [pack_int32([1])] * 513}),
+        ("num_logprobs", {"num_logprobs": 21}),
+    ],
+)
+def test_what_no_front_end_sends_is_refused_and_plans_stay_bounded(name, sampling):
+    simulation = Simulation()
+    submit = frontend_pb2.Submit(
+        sequence_id=1, token_ids=pack_int32([1]), max_tokens=1, sampling=plan_pb2.Sampling(top_p=1, **sampling)
+    )
+    message = frontend_pb2.FrontendMessage(submits=[submit])
+    arrived = apply_message(simulation.state, 0, message, 0, now_ns=0, rates=simulation.rates)
+    ((_, refused),) = arrived.refused
+    assert name in str(refused)
+
+
+def test_sampling_parameters_reach_the_plan_as_they_were_sent():
+    simulation = Simulation()
+    sampling = {"top_p": 0.5, "min_p": 0.25, "num_logprobs": 0, "bad_words": [pack_int32([5, 6])]}
+    simulation.submit([1], 3, **sampling, allowed_token_ids=pack_int32(range(9)))
+    planned = plan_step(simulation.state)
+    (new,) = decode_plan(encode_plan(planned.plan)).new_sequences
+    assert new.sampling == plan_pb2.Sampling(**sampling, allowed_token_ids=pack_int32(range(9)))

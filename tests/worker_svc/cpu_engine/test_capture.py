@@ -1,12 +1,24 @@
 """The captured programs: which operations, in which order, over which buffers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from albireo.model_spec import load_model_spec
-from albireo_kernels.cpu import Dtype, Epilogue, Extent, KvBlocks, Library, Op, address
+from albireo_kernels.cpu import (
+    SCHEMES,
+    Dtype,
+    Epilogue,
+    Extent,
+    KvBlocks,
+    Library,
+    Op,
+    SharedSampling,
+    SlotTokens,
+    address,
+)
 from albireo_kernels.cpu.library import OpKind
 from checkpoints import make_checkpoint
 from worker_svc.cpu_engine.activations import Activations, make_activations
@@ -31,6 +43,7 @@ class Captured:
         tp_size: int = 1,
         dtype: Dtype = Dtype.BFLOAT16,
         linear_dtype: Dtype = Dtype.BFLOAT16,
+        sampler: str = "merge",
     ) -> None:
         spec = load_model_spec(path)
         shard = shard_model(spec, rank, tp_size)
@@ -42,9 +55,11 @@ class Captured:
         self.kv = [KvBlocks(library, dtype, NUM_BLOCKS, len(shard.kv_heads), spec.head_dim) for _ in range(2)]
         ranks = range(tp_size if tp_size > 1 else 0)
         first, second = (tuple(np.zeros((MAX_TOKENS, 64), np.float32) for _ in ranks) for _ in range(2))
-        logits = np.zeros((MAX_SEQS, spec.vocab_size), np.float32)
-        self.group = GroupBuffers(None, (first, second), logits, np.zeros(MAX_SEQS, np.int32))
-        self.programs: Programs = capture(self.model, self.kv, self.activations, self.group)
+        alone = SharedSampling.alone(np.zeros((MAX_SEQS, spec.vocab_size), np.float32))
+        sampling = replace(alone, candidates=list(alone.candidates) * tp_size)
+        self.group = GroupBuffers(None, (first, second), sampling)
+        slot_tokens = SlotTokens(MAX_SEQS, 64)
+        self.programs: Programs = capture(self.model, self.kv, self.activations, self.group, slot_tokens, sampler)
 
     def of(self, kind: OpKind) -> list[Op]:
         return [op for op in self.programs.forward.ops if op.c.kind == kind]
@@ -73,7 +88,17 @@ def test_a_step_s_operations(tp_size: int, library: Library, path: Path) -> None
     extents = [Extent(op.c.extent) for op in captured.programs.forward.ops]
     assert set(extents[:-2]) == {Extent.EACH_TOKEN}
     assert extents[-2:] == [Extent.EACH_SAMPLE] * 2
-    assert [op.c.kind for op in captured.programs.sample.ops] == [OpKind.SAMPLE]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_schemes_are_programs(tp_size: int, library: Library, path: Path) -> None:
+    """Of three operations that every rank alone needs; whole rows are exchanged first, where a scheme wants them."""
+    samples = [OpKind.SELECT, OpKind.DRAW, OpKind.PUBLISH]
+    for sampler in SCHEMES:
+        captured = Captured(library, path, tp_size - 1, tp_size, sampler=sampler)
+        has_exchange = tp_size > 1 and sampler != "merge"
+        expected = [OpKind.EXCHANGE, *samples] if has_exchange else samples
+        assert [op.c.kind for op in captured.programs.sample.ops] == expected
 
 
 def test_integers_are_made_before_each_product(library: Library, path: Path) -> None:
@@ -135,7 +160,7 @@ def test_each_rank_writes_the_logits_of_its_ids(library: Library, path: Path) ->
         out = captured.of(OpKind.GEMM)[-1].c.of.gemm.out
         ids = captured.model.shard.vocab
         starts.append(ids.start)
-        assert out.data == address(captured.group.logits) + 4 * ids.start
+        assert out.data == address(captured.group.sampling.logits) + 4 * ids.start
         assert (out.stride, out.size) == (1003, len(ids))
         assert captured.of(OpKind.EMBED)[0].c.of.embed.first_id == ids.start
     assert starts == sorted(set(starts))

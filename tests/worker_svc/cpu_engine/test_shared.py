@@ -33,17 +33,17 @@ def test_all_ranks_find_the_same_memory(library: Library, tmp_path: Path) -> Non
             rank.has_met()
         assert not list(tmp_path.iterdir())
         for rank, mine in enumerate(buffers):
-            assert mine.logits.shape == (4, 33)
-            assert not mine.logits.any()
+            assert mine.sampling.logits.shape == (4, 33)
+            assert not mine.sampling.logits.any()
             mine.partials[0][rank][:] = rank + 1
             mine.partials[1][rank][:] = -rank
         for theirs in buffers:
             assert [partial.max() for partial in theirs.partials[0]] == [1, 2, 3]
             assert [partial.min() for partial in theirs.partials[1]] == [0, -1, -2]
             assert {partial.shape for partial in (*theirs.partials[0], *theirs.partials[1])} == {(7, 5)}
-            assert not theirs.tokens.any()
-        buffers[0].tokens[:] = 9
-        assert (buffers[2].tokens == 9).all()
+            assert not theirs.sampling.tokens.any()
+        buffers[0].sampling.tokens[:] = 9
+        assert (buffers[2].sampling.tokens == 9).all()
         for rank in ranks:
             rank.leave()
 
@@ -53,7 +53,9 @@ def test_buffers_do_not_overlap(library: Library, tmp_path: Path) -> None:
     found = rank.find(1, SIZES)
     assert found.meeting is not None
     start = address(found.meeting)
-    arrays = [*found.partials[0], *found.partials[1], found.logits, found.tokens]
+    sampling = found.sampling
+    arrays = [*found.partials[0], *found.partials[1], *sampling.candidates]
+    arrays += [sampling.logits, sampling.raw, sampling.tokens, sampling.logprobs]
     spans = sorted((address(array), address(array) + array.strides[0] * len(array)) for array in arrays)
     assert spans[0][0] >= start + library.group_bytes()
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
@@ -66,7 +68,7 @@ def test_a_rank_alone_shares_nothing(library: Library, tmp_path: Path) -> None:
     found = Rendezvous(0, tmp_path, library).find(1, GroupSizes(1, 7, 4, 5, 33))
     assert found.meeting is None
     assert found.partials == ((), ())
-    assert (found.logits.shape, found.tokens.dtype) == ((4, 33), np.int32)
+    assert (found.sampling.logits.shape, found.sampling.tokens.dtype) == ((4, 33), np.int32)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,193 +1,220 @@
-"""The sampler draws what the oracle draws, from the right distribution, whatever else is in the batch."""
+"""The sampler draws what the oracle draws, from the right distribution, whatever the scheme, the number of ranks and
+whatever else is in the batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampler_ranks import Ranks
 from torch import Tensor
 
-from albireo.arrays import Int32Array, Int64Array
+from albireo.arrays import pack_int32
 from albireo_kernels import reference
-from worker_svc.row_sampling import RowSampling
-from worker_svc.sharding import ModelShard
-from worker_svc.torch_engine import sampler
-from worker_svc.torch_engine.collectives import SingleRank
+from albireo_kernels.reference import Params
+from sampling_rows import (
+    KINDS,
+    SCHEMES,
+    Row,
+    assert_logprobs,
+    assert_same_logprobs,
+    batch_of,
+    expected_token,
+    make_batch,
+    margin_of,
+    random_logits,
+    random_row,
+)
+from worker_svc.row_sampling import SlotSampling
+from worker_svc.torch_engine.sampling import draws
+
+# Where the oracle's own decision is as close as this, rounding may turn it.
+NARROW = 1e-5
+TP_SIZES = (1, 2, 4, 8)
+ROUTES = {
+    "greedy": Params(temperature=0.0),
+    "unfiltered": Params(temperature=0.7),
+    "candidates": Params(top_k=50, top_p=0.9, min_p=0.01),
+    "top-p": Params(top_p=0.9),
+    "min-p": Params(min_p=0.05),
+    "large top-k": Params(top_k=257),
+}
 
 
-def vocab_shard(ids: range, widths: tuple[int, ...]) -> ModelShard:
-    return ModelShard(0, len(widths), range(1), range(1), range(1), ids, widths)
-
-
-def parameters(
-    num_rows: int,
-    temperature: float | Sequence[float] = 1.0,
-    top_k: int | Sequence[int] = 0,
-    top_p: float | Sequence[float] = 1.0,
-    seed: int | Sequence[int] = 0,
-    suppressed: tuple[tuple[int, Int32Array], ...] = (),
-) -> RowSampling:
-    def row_values(value: object, dtype: type) -> np.ndarray:
-        return np.broadcast_to(np.array(value, dtype=dtype), num_rows).copy()
-
-    return RowSampling(
-        row_values(temperature, np.float32),
-        row_values(top_p, np.float32),
-        row_values(top_k, np.int32),
-        row_values(seed, np.uint64),
-        suppressed,
-    )
-
-
-def draw(logits: Tensor, sampling: RowSampling, positions: Int64Array) -> list[int]:
+def draw(logits: Tensor, rows: Sequence[Row], scheme: str = "merge", tp_size: int = 1) -> list[int]:
     vocab_size = logits.shape[1]
-    shard = vocab_shard(range(vocab_size), (vocab_size,))
-    tokens: list[int] = sampler.sample(logits.clone(), sampling, positions, shard, SingleRank()).tolist()
-    return tokens
+    return Ranks(scheme, tp_size, vocab_size).sample(logits, batch_of(rows, vocab_size))[0]
 
 
-def oracle(logits: Tensor, sampling: RowSampling, positions: Int64Array) -> list[int]:
-    return [
-        reference.sample_row(
-            logits[row],
-            float(sampling.temperature[row]),
-            int(sampling.top_k[row]),
-            float(sampling.top_p[row]),
-            int(sampling.seed[row]),
-            int(positions[row]),
-        )
-        for row in range(len(logits))
-    ]
+def draw_many(logits: Tensor, params: Params, num_draws: int, varies: str = "seed") -> list[int]:
+    """One row's logits [vocab_size] drawn from with seeds 0, 1, ..., or at positions 0, 1, ..."""
+    running, fixed = np.arange(num_draws), np.zeros(num_draws, dtype=np.int64)
+    sampling = SlotSampling(num_draws, len(logits))
+    for slot in range(num_draws):
+        seed = slot if varies == "seed" else 77
+        message = Row(params, 0).message
+        message.seed = seed
+        sampling.set(slot, message)
+    batch = make_batch(range(num_draws), sampling, fixed if varies == "seed" else running)
+    return Ranks("merge", 1, len(logits)).sample(logits.expand(num_draws, -1), batch)[0]
 
 
-def mixed_rows(num_rows: int, generator: np.random.Generator) -> RowSampling:
-    """Rows that take every route through the sampler."""
-    return parameters(
-        num_rows,
-        temperature=generator.choice([0.0, 0.3, 1.0, 2.0], num_rows),
-        top_k=generator.choice([0, 1, 2, 7, 50, 256, 257, 400, 10**9], num_rows),
-        top_p=generator.choice([0.0, 0.1, 0.5, 0.9, 1.0, 1.0], num_rows),
-        seed=generator.integers(0, 2**64, num_rows, dtype=np.uint64),
-    )
-
-
-@settings(max_examples=25)
-@given(seed=st.integers(0, 2**31), spread=st.sampled_from([0.0, 0.5, 2.0, 8.0]), levels=st.sampled_from([1, 4, 1000]))
-def test_mixed_batches_draw_what_the_oracle_draws(seed: int, spread: float, levels: int) -> None:
-    """Few levels give many ties, among them ties at the edges of top-k and top-p, and between 0 and -0."""
+@settings(max_examples=32)
+@given(
+    seed=st.integers(0, 2**31),
+    vocab_size=st.sampled_from([1003, 1003, 1000, 601, 130, 37, 3, 1]),
+    kind=st.sampled_from(KINDS),
+)
+def test_every_scheme_and_number_of_ranks_draws_what_the_oracle_draws(seed: int, vocab_size: int, kind: str) -> None:
+    """Tokens and logprobs of 64 rows a time, every parameter at random; the same bits in all twelve ways."""
     generator = np.random.default_rng(seed)
-    values = (generator.normal(size=(24, 600)) * spread * levels).round() / levels
-    logits = torch.from_numpy(values.astype(np.float32))
-    sampling, positions = mixed_rows(24, generator), generator.integers(0, 1000, 24)
-    assert draw(logits, sampling, positions) == oracle(logits, sampling, positions)
+    rows = [random_row(generator, vocab_size) for _ in range(64)]
+    logits, batch = random_logits(generator, 64, vocab_size, kind), batch_of(rows, vocab_size)
+    tokens, logprobs = Ranks("merge", 1, vocab_size).sample(logits, batch)
+    for scheme in SCHEMES:
+        for tp_size in TP_SIZES:
+            others = Ranks(scheme, tp_size, vocab_size).sample(logits, batch)
+            assert others[0] == tokens, (scheme, tp_size)
+            assert_same_logprobs(others[1], logprobs)
+    for row, of_row, token in zip(rows, logits, tokens, strict=True):
+        assert token == expected_token(of_row, row) or margin_of(of_row, row) < NARROW, row
+    assert_logprobs(logprobs, logits, rows, tokens)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_one_row_alone_for_more_ranks_than_rows(route: str, scheme: str) -> None:
+    logits = random_logits(np.random.default_rng(3), 1, 1003, "normal")
+    for num_logprobs in (-1, 2):
+        row = Row(ROUTES[route], 4, num_logprobs)
+        ranks = Ranks(scheme, 8, 1003)
+        tokens, logprobs = ranks.sample(logits, batch_of([row], 1003))
+        assert tokens == [expected_token(logits[0], row)]
+        assert_logprobs(logprobs, logits, [row], tokens)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "routes", "num_logprobs", "expected"),
+    [
+        ("merge", ["greedy", "unfiltered", "candidates"], -1, ["all-gather"]),
+        ("merge", ["top-p"], -1, ["all-to-all", "all-gather"]),
+        ("merge", ["greedy", "min-p"], 3, ["all-gather", "all-to-all", "all-gather"]),
+        ("merge", ["greedy"], 0, ["all-gather", "all-to-all", "all-gather"]),
+        ("batch-sharded", [*ROUTES], 3, ["all-to-all", "all-gather"]),
+        ("gather", [*ROUTES], 3, ["all-gather"]),
+    ],
+)
+def test_as_few_collectives_as_the_rows_need(
+    scheme: str, routes: list[str], num_logprobs: int, expected: list[str]
+) -> None:
+    logits = random_logits(np.random.default_rng(4), len(routes), 1003, "normal")
+    ranks = Ranks(scheme, 4, 1003)
+    ranks.sample(logits, batch_of([Row(ROUTES[route], 0, num_logprobs) for route in routes], 1003))
+    assert ranks.memory.calls == expected
+
+
+@pytest.mark.parametrize("tp_size", TP_SIZES)
+def test_a_step_without_sampling_rows_needs_no_collective(tp_size: int) -> None:
+    ranks = Ranks("merge", tp_size, 1003)
+    assert ranks.sample(torch.zeros(0, 1003), batch_of([], 1003)) == ([], None)
+    assert ranks.memory.calls == []
 
 
 def test_a_draw_does_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, in another order, or with rows in several parts: a row's token follows from its own parameters."""
     generator = np.random.default_rng(1)
-    logits = torch.from_numpy(generator.normal(size=(40, 300)).astype(np.float32))
-    sampling, positions = mixed_rows(40, generator), generator.integers(0, 1000, 40)
+    logits = random_logits(generator, 40, 300, "normal")
+    rows = [random_row(generator, 300) for _ in range(40)]
 
-    def of_rows(rows: Int64Array) -> list[int]:
-        taken = replace(
-            sampling,
-            temperature=sampling.temperature[rows],
-            top_p=sampling.top_p[rows],
-            top_k=sampling.top_k[rows],
-            seed=sampling.seed[rows],
-        )
-        return draw(logits[torch.from_numpy(rows)], taken, positions[rows])
+    def of_rows(indices: Sequence[int], tp_size: int = 1) -> list[int]:
+        return draw(logits[list(indices)], [rows[index] for index in indices], "merge", tp_size)
 
-    together = of_rows(np.arange(40))
-    assert [of_rows(np.array([row]))[0] for row in range(40)] == together
-    order = generator.permutation(40)
-    assert of_rows(order) == [together[row] for row in order]
-    monkeypatch.setitem(sampler._MAX_LOGITS_AT_ONCE, "cpu", 900)
-    assert of_rows(np.arange(40)) == together
+    together = of_rows(range(40))
+    for tp_size in (1, 4):
+        assert [of_rows([row], tp_size)[0] for row in range(40)] == together
+    order = generator.permutation(40).tolist()
+    assert of_rows(order, 2) == [together[row] for row in order]
+    monkeypatch.setitem(draws._MAX_LOGITS_AT_ONCE, "cpu", 900)
+    assert of_rows(range(40)) == together
 
 
-@dataclass
-class GatheringGroup(SingleRank):
-    """Stands for a group whose other shards are known."""
-
-    whole: Tensor
-
-    def all_gather(self, shard: Tensor, widths: Sequence[int]) -> Tensor:
-        assert widths == (500, 0, 500)
-        assert shard.shape[1] == 500
-        return torch.cat((self.whole[:, :500], shard), dim=1)
-
-
-def test_ids_and_suppressed_ids_are_global() -> None:
-    """A rank that holds the ids from 500 on forbids among those only, and draws from all."""
-    logits = torch.zeros(2, 1000)
-    logits[:, 700], logits[:, 3] = 9.0, 8.0
-    suppressed = ((1, np.array([700, 3, 4], dtype=np.int32)),)
-    shard = vocab_shard(range(500, 1000), (500, 0, 500))
-    tokens = sampler.sample(
-        logits[:, 500:].clone(),
-        parameters(2, 0.0, suppressed=suppressed),
-        np.zeros(2, int),
-        shard,
-        GatheringGroup(logits),
-    )
-    assert tokens.tolist() == [700, 3]
-
-
-def test_min_tokens_keeps_suppressed_ids_out_of_every_route() -> None:
-    num_rows, forbidden = 400, np.array([0, 2], dtype=np.int32)
-    logits = torch.tensor([5.0, 1.0, 4.0, 1.0]).expand(num_rows, 4)
-    suppressed = tuple((row, forbidden) for row in range(0, num_rows, 2))
-    for temperature, top_k, top_p in ((0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 3, 1.0), (1.0, 0, 0.9), (1.0, 3, 0.9)):
-        sampling = parameters(num_rows, temperature, top_k, top_p, np.arange(num_rows), suppressed)
-        tokens = draw(logits, sampling, np.zeros(num_rows, dtype=np.int64))
-        assert set(tokens[::2]) <= {1, 3}
-        assert 0 in tokens[1::2]
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("tp_size", [1, 4])
+def test_min_tokens_keeps_suppressed_ids_out_of_every_route(scheme: str, tp_size: int) -> None:
+    """In rows below it, and in no others; a bias that makes them likely does not help."""
+    vocab_size, forbidden = 1003, [0, 500, 1000]
+    logits = torch.zeros(2 * len(ROUTES), vocab_size)
+    logits[:, forbidden] = 50.0
+    sampling, positions = SlotSampling(32, vocab_size), []
+    for index, params in enumerate(ROUTES.values()):
+        for position in (2, 3):
+            message = Row(params, 0).message
+            message.min_tokens, message.suppressed_token_ids = 3, pack_int32(forbidden)
+            message.bias_token_ids, message.biases = pack_int32([500]), np.array([20], "<f4").tobytes()
+            sampling.set(2 * index + position - 2, message)
+            positions.append(position)
+    batch = make_batch(range(2 * len(ROUTES)), sampling, np.array(positions))
+    tokens, _ = Ranks(scheme, tp_size, vocab_size).sample(logits, batch)
+    assert not set(tokens[::2]) & set(forbidden)
+    assert tokens[1::2] == [500] * len(ROUTES)
 
 
 @pytest.mark.parametrize("top_k", [3, 300])
 def test_top_k_never_leaves_its_k_tokens_when_all_values_tie(top_k: int) -> None:
     """Those with the lowest ids can be drawn, and all of them are."""
-    sampling = parameters(4000, 1.0, top_k, 1.0, np.arange(4000))
-    tokens = draw(torch.zeros(4000, 440), sampling, np.zeros(4000, dtype=np.int64))
-    assert set(tokens) == set(range(top_k))
+    assert set(draw_many(torch.zeros(440), Params(top_k=top_k), 4000)) == set(range(top_k))
 
 
-def test_broken_logits_still_give_legal_ids() -> None:
-    sampling = parameters(5, [0.0, 1.0, 1.0, 1.0, 1e-30], [0, 0, 5, 0, 0], [1.0, 1.0, 0.9, 0.9, 0.9])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_broken_logits_still_give_legal_ids(scheme: str) -> None:
+    """A row without values draws token 0, infinite logits win and the first of them, NaN is never drawn."""
+    params = [*ROUTES.values(), Params(temperature=1e-30), Params(top_p=0.0), Params(min_p=1.0)]
+    rows = [Row(of_row, 0, 2) for of_row in params]
     for value in (torch.nan, torch.inf, -torch.inf):
-        tokens = draw(torch.full((5, 300), value), sampling, np.zeros(5, dtype=np.int64))
-        assert all(0 <= token < 300 for token in tokens)
+        assert draw(torch.full((len(rows), 300), value), rows, scheme, 4) == [0] * len(rows)
+    logits = torch.full((len(rows), 300), torch.nan)
+    logits[:, 200] = -5.0
+    assert draw(logits, rows, scheme, 4) == [200] * len(rows)
+    logits[:, [201, 290]] = torch.inf
+    assert draw(logits, rows, scheme, 4) == [201] * len(rows)
+
+
+def test_no_more_logprobs_than_there_are_tokens() -> None:
+    """More of the likeliest tokens than there are, beside a row that wants none of them."""
+    logits = random_logits(np.random.default_rng(8), 2, 5, "ties")
+    rows = [Row(Params(), 0, 10**6), Row(Params(), 0, 0)]
+    tokens, logprobs = Ranks("merge", 2, 5).sample(logits, batch_of(rows, 5))
+    assert logprobs is not None
+    assert logprobs.num_top.tolist() == [5, 0]
+    assert_logprobs(logprobs, logits, rows, tokens)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
+    "params",
     [
-        (1.0, 0, 1.0),
-        (0.5, 0, 1.0),
-        (1.7, 0, 1.0),
-        (1.0, 12, 1.0),
-        (1.0, 290, 1.0),  # sorted
-        (1.0, 0, 0.8),
-        (0.8, 20, 0.7),
+        Params(),
+        Params(temperature=0.5),
+        Params(temperature=1.7),
+        Params(top_k=12),
+        Params(top_k=290),  # sorted
+        Params(top_p=0.8),
+        Params(min_p=0.1),
+        Params(temperature=0.8, top_k=20, top_p=0.7),
+        Params(temperature=1.2, top_k=20, top_p=0.95, min_p=0.05),
     ],
 )
 @pytest.mark.parametrize("varies", ["seed", "position"])
-def test_draws_follow_the_filtered_softmax(temperature: float, top_k: int, top_p: float, varies: str) -> None:
+def test_draws_follow_the_filtered_softmax(params: Params, varies: str) -> None:
     """Chi-square of 20,000 draws against the exact distribution, over seeds and over the positions of one seed."""
     num_draws, vocab_size = 20_000, 300
     logits = 2 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(5))
-    running, zeros = np.arange(num_draws), np.zeros(num_draws, dtype=np.int64)
-    seeds, positions = (running, zeros) if varies == "seed" else (zeros + 77, running)
-    sampling = parameters(num_draws, temperature, top_k, top_p, seeds)
-    tokens = draw(logits.expand(num_draws, vocab_size), sampling, positions)
+    tokens = draw_many(logits, params, num_draws, varies)
 
     expected = torch.zeros(vocab_size, dtype=torch.float64)
-    kept = reference.survivors(logits / temperature, top_k, top_p)
-    expected[kept] = (logits[kept].double() / temperature).softmax(0) * num_draws
+    kept = reference.survivors(logits / params.temperature, params.top_k, params.top_p, params.min_p)
+    expected[kept] = (logits[kept].double() / params.temperature).softmax(0) * num_draws
     counts = torch.bincount(torch.tensor(tokens), minlength=vocab_size).double()
     assert counts[expected == 0].sum() == 0
     # Tokens too rare for the approximation are counted together.

@@ -12,10 +12,12 @@
 
 extern "C" {
 
-int albireo_abi(int64_t sizes[5]) {
-  const int64_t all[5] = {sizeof(AlbireoMatrix), sizeof(AlbireoRows), sizeof(AlbireoStep), sizeof(AlbireoOp),
-                          sizeof(AlbireoProgram)};
-  std::copy_n(all, 5, sizes);
+int albireo_abi(int64_t sizes[10]) {
+  const int64_t all[10] = {sizeof(AlbireoMatrix),    sizeof(AlbireoRows),     sizeof(AlbireoStep),
+                           sizeof(AlbireoOp),        sizeof(AlbireoProgram),  sizeof(AlbireoEdits),
+                           sizeof(AlbireoHistories), sizeof(AlbireoLogprobs), sizeof(AlbireoCandidates),
+                           sizeof(AlbireoTokenLogprobs)};
+  std::copy_n(all, 10, sizes);
   return ALBIREO_ABI;
 }
 

@@ -23,10 +23,13 @@
 extern "C" {
 #endif
 
-#define ALBIREO_ABI 1
+#define ALBIREO_ABI 2
 #define ALBIREO_PANEL 16      /* outputs of a panel */
 #define ALBIREO_BLOCK 32      /* tokens of a KV block */
 #define ALBIREO_MAX_RANKS 64
+#define ALBIREO_MAX_CANDIDATES 256 /* up to this top_k, a rank offers its best tokens to the others */
+#define ALBIREO_MAX_TOP 20         /* likeliest tokens that are named beside a sampled one */
+#define ALBIREO_NUM_RECENT 64      /* output tokens that bad words are looked for in: none is longer */
 
 typedef enum { ALBIREO_FLOAT32 = 0, ALBIREO_BFLOAT16 = 1, ALBIREO_INT8 = 2, ALBIREO_FLOAT16 = 3 } AlbireoDtype;
 
@@ -59,6 +62,52 @@ typedef struct {
   int32_t size;   /* elements of a row, without padding */
 } AlbireoRows;
 
+/* What is done to the logits of S rows before temperature and filters; W bad words. */
+typedef struct {
+  const int64_t *bias_starts;       /* [S + 1], where each row's biases begin in the next two */
+  const int32_t *bias_ids;
+  const float *biases;              /* added; -inf: never sampled */
+  const uint32_t *const *allowed;   /* [S], a bit per token id, 1 where it may be sampled; null: all may */
+  const int64_t *word_starts;       /* [S + 1], where each row's bad words begin */
+  const int64_t *word_token_starts; /* [W + 1], where each word's tokens begin in word_tokens */
+  const int32_t *word_tokens;       /* two or more of a word; they never follow each other in the output */
+  const float *repetition_penalty, *presence_penalty, *frequency_penalty; /* [S]; 1, 0, 0: none */
+  const uint8_t *has_history;       /* [S], whether tokens of the row's slot matter; the sampled one is added to them */
+} AlbireoEdits;
+
+/* The tokens so far of H sequences that begin, in slots where they matter. */
+typedef struct {
+  int32_t num_histories;
+  int32_t reserved;
+  const int32_t *slots;      /* [H] */
+  const int64_t *starts;     /* [H + 1], where each one's ids begin */
+  const int32_t *ids;        /* none twice */
+  const int32_t *counts;     /* of each id: 2 * times in the output + whether it is in the prompt */
+  const int32_t *recent;     /* [H, ALBIREO_NUM_RECENT], output token i at i % ALBIREO_NUM_RECENT */
+  const int32_t *num_output; /* [H] */
+} AlbireoHistories;
+
+/* Logarithms of the probabilities that the model gives, to be told of S rows. */
+typedef struct {
+  const int32_t *num_top; /* [S], ALBIREO_MAX_TOP at most; -1: nothing is told of the row */
+  float *logprobs;        /* [S], out, of the sampled tokens */
+  int32_t *ranks;         /* [S], out, their places in the order of all tokens, from 1 */
+  int32_t *top_ids;       /* [S, ALBIREO_MAX_TOP], out, the likeliest tokens, and what they have */
+  float *top_logprobs;
+} AlbireoLogprobs;
+
+/* How S rows are sampled. */
+typedef struct {
+  const float *temperature;          /* [S]; below 1e-5: greedy */
+  const float *top_p;                /* [S]; 1: all */
+  const float *min_p;                /* [S]; 0: all */
+  const int32_t *top_k;              /* [S]; 0: all */
+  const uint64_t *noise_keys;        /* [S], k0 in the low half, k1 in the high one */
+  const AlbireoEdits *edits;         /* null: none in this step */
+  const AlbireoHistories *histories; /* null: none begins with this step */
+  const AlbireoLogprobs *logprobs;   /* null: of no row */
+} AlbireoSampling;
+
 /* The inputs of one step: N tokens of R rows, of which S sample; and what became of it. */
 typedef struct {
   int32_t num_tokens;
@@ -75,12 +124,7 @@ typedef struct {
   const int32_t *block_tables;      /* [R, block_table_stride] */
   const int64_t *sample_rows;       /* [S], ascending; a row's last token is sampled from */
   const int32_t *sample_slots;      /* [S] */
-  const float *temperature;         /* [S]; below 1e-5: greedy */
-  const float *top_p;               /* [S]; 1: all */
-  const int32_t *top_k;             /* [S]; 0: all */
-  const uint64_t *noise_keys;       /* [S], k0 in the low half, k1 in the high one */
-  const int64_t *suppressed_starts; /* [S + 1], where each row's ids begin in suppressed_ids */
-  const int32_t *suppressed_ids;
+  AlbireoSampling sampling;
   int32_t *tokens;                  /* [S], out */
   int32_t *last_tokens;             /* [slots]; read by this step's tokens, written by its samples */
   int64_t start_at_ns, forward_end_at_ns, end_at_ns, collective_ns; /* out; CLOCK_MONOTONIC */
@@ -97,8 +141,11 @@ typedef enum {
   ALBIREO_OP_ROPE = 3,
   ALBIREO_OP_ATTENTION = 4,
   ALBIREO_OP_QUANTIZE = 5,
-  ALBIREO_OP_SAMPLE = 6,
-  ALBIREO_NUM_OPS = 7,
+  ALBIREO_OP_EXCHANGE = 6,
+  ALBIREO_OP_SELECT = 7,
+  ALBIREO_OP_DRAW = 8,
+  ALBIREO_OP_PUBLISH = 9,
+  ALBIREO_NUM_OPS = 10,
 } AlbireoOpKind;
 
 /* out[token] = the row of its id, as float32; zeros where the id is another rank's. */
@@ -167,21 +214,99 @@ typedef struct {
   AlbireoRows out; /* int8 */
 } AlbireoQuantize;
 
-/* Draws one token per sampling row (the definition is in reference/sampling.py). All ranks meet, then each draws the rows
- * r with r % size == rank; they meet again, and every rank reads all tokens. */
+/* Sampling (what it means is defined in reference/sampling.py) is a program of the four operations that follow, and the
+ * scheme is how they are put together: each rank selects from its own columns and the ranks exchange candidates; or rows
+ * are exchanged, and each rank selects from whole ones, all of them or every t-th. */
+
+typedef enum { ALBIREO_ALL_ROWS = 0, ALBIREO_OWN_ROWS = 1 } AlbireoShare; /* own: r % size == rank */
+
+/* Columns of the sampling rows' logits. */
 typedef struct {
-  float *logits;         /* [S, logits_stride], of the whole vocabulary, in memory that the ranks share; consumed */
-  int32_t *tokens;       /* [S], shared as well */
-  void *scratch;         /* [threads, scratch_bytes], 64-byte aligned */
-  int64_t scratch_bytes; /* at least albireo_sample_scratch_bytes(vocab_size) */
-  int64_t logits_stride;
+  float *data;    /* of row 0 and first_id */
+  int64_t stride; /* elements from one row to the next */
+  int32_t first_id, num_ids;
+} AlbireoColumns;
+
+typedef struct {
+  void *data;    /* [threads, bytes], 64-byte aligned */
+  int64_t bytes; /* at least albireo_sample_scratch_bytes(vocab_size) */
   int32_t vocab_size;
   int32_t reserved;
-} AlbireoSample;
+} AlbireoScratch;
+
+/* What a row's columns have to offer. */
+typedef struct {
+  float score; /* of the best token: its value, with the noise where there is any; -inf: none */
+  int32_t id;
+  int32_t num_keys;
+  int32_t reserved;
+  uint64_t keys[ALBIREO_MAX_CANDIDATES]; /* with a small top_k: the best tokens, in any order */
+} AlbireoCandidates;
+
+typedef struct {
+  float logprob;
+  int32_t rank, num_top;
+  int32_t top_ids[ALBIREO_MAX_TOP];
+  float top_logprobs[ALBIREO_MAX_TOP];
+} AlbireoTokenLogprobs;
+
+/* The tokens of each slot, as far as sampling depends on them; of one rank. */
+typedef struct {
+  int32_t *ids, *counts; /* [slots, capacity], as of AlbireoHistories; of the rank's columns */
+  int32_t *num_ids;      /* [slots] */
+  int32_t *recent;       /* [slots, ALBIREO_NUM_RECENT] */
+  int32_t *num_output;   /* [slots] */
+  int32_t capacity;
+  int32_t reserved;
+} AlbireoSlotTokens;
+
+/* All ranks meet; then whole rows are copied from memory that they share to memory of this rank. */
+typedef struct {
+  const float *from;
+  float *to;
+  int64_t from_stride, to_stride;
+  int32_t vocab_size;
+  int32_t share; /* AlbireoShare */
+} AlbireoExchange;
+
+/* Begins histories; edits logits in place, and selects what goes into the draw. */
+typedef struct {
+  AlbireoColumns logits;
+  float *raw; /* like the logits: where those of edited rows are kept for logprobs */
+  AlbireoCandidates *candidates; /* [S], out */
+  AlbireoSlotTokens slot_tokens;
+  AlbireoScratch scratch;
+  int32_t share;
+  int32_t reserved;
+} AlbireoSelect;
+
+/* Draws from all candidates of a row, or where they are not enough from its logits. */
+typedef struct {
+  AlbireoColumns logits; /* whole rows, edited */
+  float *raw;            /* as of AlbireoSelect */
+  const AlbireoCandidates *candidates[ALBIREO_MAX_RANKS]; /* [S] each, of adjacent columns, in order */
+  int32_t num_candidates;
+  int32_t meets; /* whether to wait first until all ranks have selected */
+  int32_t *tokens;                /* [S], out */
+  AlbireoTokenLogprobs *logprobs; /* [S], out */
+  AlbireoScratch scratch;
+  int32_t share;
+  int32_t reserved;
+} AlbireoDraw;
+
+/* The tokens become the step's and their slots' last ones. */
+typedef struct {
+  const int32_t *tokens;
+  const AlbireoTokenLogprobs *logprobs;
+  AlbireoSlotTokens slot_tokens;
+  int32_t first_id, num_ids; /* the rank's columns, as of AlbireoSelect */
+  int32_t meets;             /* whether to wait first until all ranks have drawn */
+  int32_t reserved;
+} AlbireoPublish;
 
 typedef struct {
   int32_t kind;   /* AlbireoOpKind */
-  int32_t extent; /* AlbireoExtent; not of attention and sampling */
+  int32_t extent; /* AlbireoExtent; of those that have a choice */
   union {
     AlbireoEmbed embed;
     AlbireoAddNorm add_norm;
@@ -189,7 +314,10 @@ typedef struct {
     AlbireoRope rope;
     AlbireoAttention attention;
     AlbireoQuantize quantize;
-    AlbireoSample sample;
+    AlbireoExchange exchange;
+    AlbireoSelect select;
+    AlbireoDraw draw;
+    AlbireoPublish publish;
   } of;
 } AlbireoOp;
 
@@ -201,8 +329,9 @@ typedef struct {
 
 typedef struct AlbireoDevice AlbireoDevice;
 
-/* sizeof of Matrix, Rows, Step, Op, Program in this order: a mirror that differs must not be used. */
-int albireo_abi(int64_t sizes[5]);
+/* sizeof of Matrix, Rows, Step, Op, Program, Edits, Histories, Logprobs, Candidates, TokenLogprobs in this order: a
+ * mirror that differs must not be used. */
+int albireo_abi(int64_t sizes[10]);
 /* The AlbireoIsa that this library was built for. The processor must have it: there is one library for each. */
 int albireo_isa(void);
 /* Asks the system for what the level needs (AMX tiles); 0 when it refuses. Once per process, before a device opens. */

@@ -28,7 +28,10 @@ inline bool run_op(const AlbireoOp &op, AlbireoStep &step, Worker &worker) {
     case ALBIREO_OP_ROPE: rope(op.of.rope, step, worker); return true;
     case ALBIREO_OP_ATTENTION: attention(op.of.attention, step, worker); return true;
     case ALBIREO_OP_QUANTIZE: quantize(op.of.quantize, op.extent, step, worker); return true;
-    case ALBIREO_OP_SAMPLE: return sample(op.of.sample, step, worker);
+    case ALBIREO_OP_EXCHANGE: return exchange(op.of.exchange, step, worker);
+    case ALBIREO_OP_SELECT: select_candidates(op.of.select, step, worker); return true;
+    case ALBIREO_OP_DRAW: return draw_tokens(op.of.draw, step, worker);
+    case ALBIREO_OP_PUBLISH: return publish(op.of.publish, step, worker);
     default: return false;
   }
 }
@@ -134,6 +137,7 @@ struct AlbireoDevice {
       team.wait_for_all();
       is_complete = albireo::replay(*current.sample, step, team, index);
     }
+    team.wait_for_all();  // programs and step may be gone as soon as the step is complete
     if (index != 0) return;
     step.end_at_ns = albireo::now_ns();
     step.collective_ns = team.collective_ns;

@@ -121,6 +121,8 @@ struct Team {
   }
 };
 
+inline void Worker::wait_for_team() { team.wait_for_all(); }
+
 inline bool Worker::meet() {
   team.wait_for_all();
   if (index == 0) team.has_met = team.meet(kForever);

@@ -20,6 +20,8 @@ struct Worker {
   // Claims the next `count` of the operation's items: the first of them, which may lie past the last item.
   int64_t take(int64_t count) { return num_taken.fetch_add(count, std::memory_order_relaxed); }
 
+  void wait_for_team();
+
   // Waits for all threads of all ranks: what they wrote before can be read after. False: aborted, nothing holds any more.
   bool meet();
 };

@@ -1,0 +1,101 @@
+"""A step's sampling parameters, as the kernels read them."""
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo_kernels.cpu import NUM_RECENT, Edits, Histories, Logprobs, Sampling, address
+from albireo_kernels.noise import row_keys
+from worker_svc.batch import History, InputBatch
+from worker_svc.row_sampling import RowEdits, RowSampling
+
+_NO_IDS = np.zeros(0, dtype=np.int32)
+_NO_BIASES = np.zeros(0, dtype=np.float32)
+
+
+def step_sampling(batch: InputBatch) -> Sampling:
+    """What most rows do not have is None where no row has it."""
+    sampling = batch.sampling
+    num_samples = len(batch.sample_rows)
+    draws = bool((sampling.temperature > 0).any())
+    return Sampling(
+        temperature=np.ascontiguousarray(sampling.temperature),
+        top_p=np.ascontiguousarray(sampling.top_p),
+        min_p=np.ascontiguousarray(sampling.min_p),
+        top_k=np.ascontiguousarray(sampling.top_k),
+        noise_keys=row_keys(sampling.seed, batch.output_positions) if draws else np.zeros(num_samples, np.uint64),
+        edits=_edits(sampling, num_samples) if sampling.edits or sampling.has_penalties else None,
+        histories=_histories(batch.histories) if batch.histories else None,
+        logprobs=Logprobs(np.ascontiguousarray(sampling.num_logprobs)) if sampling.wants_logprobs else None,
+    )
+
+
+def _edits(sampling: RowSampling, num_samples: int) -> Edits:
+    of_row: list[RowEdits | None] = [None] * num_samples
+    for edits in sampling.edits:
+        of_row[edits.row] = edits
+    words = [edits.bad_words if edits else () for edits in of_row]
+    allowed = [edits.allowed if edits else None for edits in of_row]
+    return Edits(
+        bias_starts=_starts(len(edits.ids) if edits else 0 for edits in of_row),
+        bias_ids=_joined([edits.ids for edits in sampling.edits]),
+        biases=np.concatenate([_NO_BIASES, *(edits.biases for edits in sampling.edits)], dtype=np.float32),
+        allowed=np.array([0 if bits is None else address(bits) for bits in allowed], dtype=np.uint64),
+        word_starts=_starts(map(len, words)),
+        word_token_starts=_starts(map(len, itertools.chain(*words))),
+        word_tokens=_joined(list(itertools.chain(*words))),
+        repetition_penalty=np.ascontiguousarray(sampling.repetition_penalty),
+        presence_penalty=np.ascontiguousarray(sampling.presence_penalty),
+        frequency_penalty=np.ascontiguousarray(sampling.frequency_penalty),
+        has_history=_has_history(sampling, words),
+        keeps=tuple(bits for bits in allowed if bits is not None),
+    )
+
+
+def _has_history(sampling: RowSampling, words: Sequence[tuple[Int32Array, ...]]) -> BoolArray:
+    penalises: BoolArray = (
+        (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
+    )
+    penalises |= np.array([bool(of_row) for of_row in words], dtype=np.bool_)
+    return penalises
+
+
+def _histories(histories: Sequence[History]) -> Histories:
+    counted = [_counts(history) for history in histories]
+    return Histories(
+        slots=np.array([history.slot for history in histories], dtype=np.int32),
+        starts=_starts(len(ids) for ids, _ in counted),
+        ids=_joined([ids for ids, _ in counted]),
+        counts=_joined([counts for _, counts in counted]),
+        recent=np.concatenate([_recent(history) for history in histories]),
+        num_output=np.array([len(history.token_ids) - history.num_prompt_tokens for history in histories], np.int32),
+    )
+
+
+def _counts(history: History) -> tuple[Int32Array, Int32Array]:
+    """The sequence's different tokens; of each, 2 * times in the output + whether it is in the prompt."""
+    is_output = np.arange(len(history.token_ids)) >= history.num_prompt_tokens
+    ids, places = np.unique(history.token_ids, return_inverse=True)
+    num_output = np.bincount(places, weights=is_output, minlength=len(ids))
+    is_prompt = np.bincount(places, weights=~is_output, minlength=len(ids)) > 0
+    return ids.astype(np.int32), (2 * num_output + is_prompt).astype(np.int32)
+
+
+def _recent(history: History) -> Int32Array:
+    """[NUM_RECENT], the last output tokens, each at its index modulo that."""
+    output = history.token_ids[history.num_prompt_tokens :]
+    recent = np.zeros(NUM_RECENT, dtype=np.int32)
+    indices = np.arange(max(0, len(output) - NUM_RECENT), len(output))
+    recent[indices % NUM_RECENT] = output[indices]
+    return recent
+
+
+def _starts(lengths: Iterable[int]) -> Int64Array:
+    """Where each of several lists begins when they are joined, and where the last one ends."""
+    return np.fromiter(itertools.accumulate(lengths, initial=0), dtype=np.int64)
+
+
+def _joined(arrays: Sequence[Int32Array]) -> Int32Array:
+    return np.concatenate([_NO_IDS, *arrays], dtype=np.int32)
