@@ -25,8 +25,9 @@ $(READY): pyproject.toml
 serve: $(READY)  ## serve MODEL (demo) on 127.0.0.1:50051 and show a first completion; ARGS="--tp 2 ..."
 	$(BIN)/albireo serve $(MODEL) --first-prompt "def read_lines(path):" $(ARGS)
 
-test: $(READY)  ## all tests that need no GPU and no patience
-	$(BIN)/python -m pytest $(ARGS)
+test: $(READY)  ## all tests that need no GPU and no patience; those of whole servers by themselves, as they mind the time
+	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/e2e $(ARGS)
+	$(BIN)/python -m pytest tests/e2e $(ARGS)
 
 soak: $(READY)  ## the long tests and comparisons
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)

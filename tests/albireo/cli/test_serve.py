@@ -24,6 +24,12 @@ from albireo.v1 import plan_pb2
 
 
 @pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Short, because paths of unix sockets are."""
+    return tmp_path_factory.mktemp("s")
+
+
+@pytest.fixture
 def model(tmp_path: Path) -> str:
     config = {
         "architectures": ["LlamaForCausalLM"],
@@ -146,7 +152,7 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
     start = worker.argv.index("-m") + 1
     assert worker.argv[start:] == [
         *("worker_svc", "--model", "/m", "--engine", "stub", "--tp", "2", "--device", "auto", "--dtype", "auto"),
-        *("--quantize", "none", "--max-num-seqs", "9"),
+        *("--quantize", "none", "--sampler", "merge", "--max-num-seqs", "9"),
         *("--listen", f"unix:{tmp_path}/group.sock", "--run-dir", f"{tmp_path}/group"),
         *("--log-level", "info", "--metrics-port", "9001"),
     ]
