@@ -169,7 +169,7 @@ def _cases() -> list[Case]:
     prompt, output = _history(NARROW)
     seen = Params(prompt=prompt, output=output)
     wide_prompt, wide_output = _history(WIDE)
-    biases = {narrow[0]: -1.5, narrow[1]: -np.inf, narrow[30]: 4.0, narrow[60]: 2.5, narrow[200]: 100.0 - 95.0}
+    biases = {narrow[0]: -1.5, narrow[1]: -np.inf, narrow[30]: 4.0, narrow[60]: 2.5, narrow[200]: 5.0}
     allowed = narrow[2:90:3]
     words = [[narrow[0]], [narrow[5]], [*output[-2:], narrow[1]], [output[-1] + 1, narrow[2]], [output[-1], narrow[3]]]
     no_words = replace(seen, bad_words=words)
@@ -244,14 +244,15 @@ def _cases() -> list[Case]:
             "everything",
             replace(
                 penalised,
-                temperature=0.9,
-                biases=biases,
-                allowed=[*allowed, *narrow[:14], narrow[30], narrow[60]],
+                temperature=1.2,
+                biases={narrow[0]: 2.0, narrow[3]: -0.7, narrow[7]: -np.inf, narrow[30]: 1.8, narrow[40]: 1.5},
+                allowed=[*allowed, *narrow[:14], narrow[30]],
                 bad_words=words,
-                min_p=0.03,
-                top_k=22,
-                top_p=0.95,
+                min_p=0.05,
+                top_k=16,
+                top_p=0.93,
             ),
+            spread=1.2,
             min_tokens=10**6,
             **minimum,
         ),

@@ -15,9 +15,8 @@ from albireo.arrays import (
     unpack_int32,
 )
 from albireo.errors import GroupError
+from albireo.limits import MAX_LOGPROBS, MAX_WORD_TOKENS
 from albireo.v1 import plan_pb2
-
-MAX_WORD_TOKENS = 64  # of a bad word: devices keep as many of the output in order
 
 _INT32_MAX = 2**31 - 1
 
@@ -47,7 +46,7 @@ class RowEdits:
 
     Attributes:
         row: of the sampling rows.
-        ids, biases: parallel; a token's bias is added to its logit. -inf: it is never sampled. An id may come twice.
+        ids, biases: parallel; a token's bias is added to its logit. -inf: it is never sampled. No id comes twice.
         allowed: [ceil(vocab_size / 32)], a bit for each token that may be sampled, the lowest first; None: all may.
         bad_words: token ids, two or more, that never follow each other in the output.
     """
@@ -72,6 +71,7 @@ class RowSampling:
         presence_penalty, frequency_penalty: 0 means none.
         num_logprobs: of the likeliest tokens, beside the sampled one's; -1: no logprobs at all.
         edits: of the rows that have any, ascending.
+        is_penalised: [S], whether a row has any penalty.
         has_penalties, wants_logprobs: whether any row does.
         lasts: whether the same holds when these rows sample their next tokens.
     """
@@ -86,6 +86,7 @@ class RowSampling:
     num_logprobs: Int32Array
     seed: UInt64Array
     edits: tuple[RowEdits, ...]
+    is_penalised: BoolArray
     has_penalties: bool
     wants_logprobs: bool
     lasts: bool
@@ -95,7 +96,7 @@ class RowSampling:
         zeros, ones = np.zeros(num_rows, dtype=np.float32), np.ones(num_rows, dtype=np.float32)
         no_seed = np.zeros(num_rows, dtype=np.uint64)
         none = np.zeros(num_rows, dtype=np.int32)
-        return cls(zeros, ones, zeros, none, ones, zeros, zeros, none - 1, no_seed, (), False, False, True)
+        return cls(zeros, ones, zeros, none, ones, zeros, zeros, none - 1, no_seed, (), none > 0, False, False, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,8 @@ class SlotSampling:
 
     def set(self, slot: int, sampling: plan_pb2.Sampling) -> bool:
         """Returns whether sampling in this slot depends on the sequence's tokens, and not on its logits alone."""
+        if sampling.num_logprobs > MAX_LOGPROBS:
+            raise GroupError(f"{sampling.num_logprobs} logprobs; {MAX_LOGPROBS} at most")
         edits = self._slot_edits(sampling)
         has_penalties = bool(
             sampling.repetition_penalty not in (0, 1) or sampling.presence_penalty or sampling.frequency_penalty
@@ -153,6 +156,7 @@ class SlotSampling:
             num_logprobs=of_row["num_logprobs"],
             seed=of_row["seed"],
             edits=self._row_edits(slots, is_below, np.flatnonzero(is_below | of_row["has_edits"])),
+            is_penalised=of_row["has_penalties"],
             has_penalties=bool(of_row["has_penalties"].any()),
             wants_logprobs=bool((of_row["num_logprobs"] >= 0).any()),
             lasts=not is_below.any(),
@@ -203,7 +207,10 @@ class SlotSampling:
 def _with_suppressed(ids: Int32Array, biases: Float32Array, suppressed: Int32Array) -> tuple[Int32Array, Float32Array]:
     if not len(suppressed):
         return ids, biases
-    return np.concatenate((ids, suppressed)), np.concatenate((biases, np.full(len(suppressed), -np.inf, np.float32)))
+    suppressed = np.unique(suppressed)
+    stays = ~np.isin(ids, suppressed)
+    never = np.full(len(suppressed), -np.inf, dtype=np.float32)
+    return np.concatenate((ids[stays], suppressed)), np.concatenate((biases[stays], never))
 
 
 def check_range(what: str, values: Int32Array, start: int, stop: int) -> None:

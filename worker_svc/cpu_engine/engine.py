@@ -27,6 +27,7 @@ from albireo_kernels.cpu import (
 from worker_svc.batch import InputBatch
 from worker_svc.cpu_engine.activations import Activations, make_activations
 from worker_svc.cpu_engine.capture import Model, Programs, capture
+from worker_svc.cpu_engine.sampling import SamplingMaker
 from worker_svc.cpu_engine.shared import GroupBuffers, GroupSizes, Rendezvous
 from worker_svc.cpu_engine.step import CpuStep, step_data
 from worker_svc.cpu_engine.weights import load_weights
@@ -66,6 +67,7 @@ class CpuEngine:
         self._group: GroupBuffers | None = None  # as the programs, of one group: from `join` to `leave`
         self._programs: Programs | None = None
         self._last_tokens = allocate(config.max_num_seqs, np.int32)
+        self._sampling = SamplingMaker()
         self._is_closed = False
 
     def load(self, report: Progress) -> EngineInfo:
@@ -127,7 +129,7 @@ class CpuEngine:
 
     def launch(self, batch: InputBatch) -> CpuStep:
         assert self._programs is not None, "launch before allocate"
-        data = step_data(batch, self._last_tokens)
+        data = step_data(batch, self._sampling.of_step(batch), self._last_tokens)
         self._device.submit(self._programs.forward, self._programs.sample, data)
         return CpuStep(self._device, data)
 
@@ -139,7 +141,7 @@ class CpuEngine:
         assert self._programs is not None, "logits before allocate"
         assert self._group is not None
         assert self._config.tp_size == 1, "other ranks may still write theirs"
-        self._device.run(self._programs.forward, step_data(batch, self._last_tokens))
+        self._device.run(self._programs.forward, step_data(batch, self._sampling.of_step(batch), self._last_tokens))
         return self._group.sampling.logits[: len(batch.sample_rows)].copy()
 
     def abort(self) -> None:

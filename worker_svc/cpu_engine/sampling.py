@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from albireo.arrays import BoolArray, Int32Array, Int64Array
+from albireo.arrays import Int32Array, Int64Array
 from albireo_kernels.cpu import NUM_RECENT, Edits, Histories, Logprobs, Sampling, address
 from albireo_kernels.noise import row_keys
 from worker_svc.batch import History, InputBatch
@@ -15,20 +16,34 @@ _NO_IDS = np.zeros(0, dtype=np.int32)
 _NO_BIASES = np.zeros(0, dtype=np.float32)
 
 
-def step_sampling(batch: InputBatch) -> Sampling:
-    """What most rows do not have is None where no row has it."""
-    sampling = batch.sampling
-    num_samples = len(batch.sample_rows)
-    draws = bool((sampling.temperature > 0).any())
+class SamplingMaker:
+    """Makes the steps' parameters. Those of a decode run, whose rows stay the same, are made once."""
+
+    def __init__(self) -> None:
+        self._made: tuple[RowSampling, Sampling] | None = None
+
+    def of_step(self, batch: InputBatch) -> Sampling:
+        if self._made is None or self._made[0] is not batch.sampling:
+            self._made = batch.sampling, _of_rows(batch.sampling)
+        sampling, of_rows = self._made
+        return replace(
+            of_rows,
+            noise_keys=row_keys(sampling.seed, batch.output_positions) if of_rows.draws else of_rows.noise_keys,
+            histories=_histories(batch.histories) if batch.histories else None,
+            logprobs=Logprobs(np.ascontiguousarray(sampling.num_logprobs)) if sampling.wants_logprobs else None,
+        )
+
+
+def _of_rows(sampling: RowSampling) -> Sampling:
+    """What is the same in each step that samples these rows."""
+    num_samples = len(sampling.temperature)
     return Sampling(
         temperature=np.ascontiguousarray(sampling.temperature),
         top_p=np.ascontiguousarray(sampling.top_p),
         min_p=np.ascontiguousarray(sampling.min_p),
         top_k=np.ascontiguousarray(sampling.top_k),
-        noise_keys=row_keys(sampling.seed, batch.output_positions) if draws else np.zeros(num_samples, np.uint64),
+        noise_keys=np.zeros(num_samples, dtype=np.uint64),
         edits=_edits(sampling, num_samples) if sampling.edits or sampling.has_penalties else None,
-        histories=_histories(batch.histories) if batch.histories else None,
-        logprobs=Logprobs(np.ascontiguousarray(sampling.num_logprobs)) if sampling.wants_logprobs else None,
     )
 
 
@@ -49,17 +64,9 @@ def _edits(sampling: RowSampling, num_samples: int) -> Edits:
         repetition_penalty=np.ascontiguousarray(sampling.repetition_penalty),
         presence_penalty=np.ascontiguousarray(sampling.presence_penalty),
         frequency_penalty=np.ascontiguousarray(sampling.frequency_penalty),
-        has_history=_has_history(sampling, words),
+        has_history=sampling.is_penalised | np.array([bool(of_row) for of_row in words], dtype=np.bool_),
         keeps=tuple(bits for bits in allowed if bits is not None),
     )
-
-
-def _has_history(sampling: RowSampling, words: Sequence[tuple[Int32Array, ...]]) -> BoolArray:
-    penalises: BoolArray = (
-        (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
-    )
-    penalises |= np.array([bool(of_row) for of_row in words], dtype=np.bool_)
-    return penalises
 
 
 def _histories(histories: Sequence[History]) -> Histories:

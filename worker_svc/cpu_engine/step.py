@@ -9,16 +9,16 @@ from albireo.logprobs import Logprobs
 from albireo_kernels import cpu
 from albireo_kernels.cpu import Device, Status, StepData, make_step
 from worker_svc.batch import InputBatch
-from worker_svc.cpu_engine.sampling import step_sampling
 from worker_svc.engine import StepOutput, StepTimes
 
 _LOOK_AGAIN_S = 60.0
 
 
-def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
+def step_data(batch: InputBatch, sampling: cpu.Sampling, last_tokens: Int32Array) -> StepData:
     """The step of a batch, whose arrays it reads in place.
 
     Args:
+        sampling: of its sampling rows.
         last_tokens: [max_num_seqs], the token last sampled in each slot; read and written by the device.
     """
     return make_step(
@@ -32,7 +32,7 @@ def step_data(batch: InputBatch, last_tokens: Int32Array) -> StepData:
         block_tables=batch.block_tables,
         sample_rows=batch.sample_rows,
         sample_slots=batch.sample_slots,
-        sampling=step_sampling(batch),
+        sampling=sampling,
         last_tokens=last_tokens,
     )
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from albireo.limits import MAX_LOGPROBS, MAX_WORD_TOKENS
 from albireo_kernels.cpu.build import Isa, NoCompilerError, Progress, detect_isa, library_path
 
 ABI = 2
@@ -17,8 +18,8 @@ PANEL = 16  # outputs of a panel
 BLOCK = 32  # tokens of a KV block
 MAX_RANKS = 64
 MAX_CANDIDATES = 256  # up to this top_k, a rank offers its best tokens to the others
-MAX_TOP = 20  # likeliest tokens that are named beside a sampled one
-NUM_RECENT = 64  # output tokens that bad words are looked for in: none is longer
+MAX_TOP = MAX_LOGPROBS  # likeliest tokens that are named beside a sampled one
+NUM_RECENT = MAX_WORD_TOKENS  # output tokens that bad words are looked for in
 
 
 class Dtype(IntEnum):
@@ -78,9 +79,9 @@ class OpKind(IntEnum):
     PUBLISH = 9
 
 
-class Share(IntEnum):
-    ALL_ROWS = 0
-    OWN_ROWS = 1
+class RowsOf(IntEnum):
+    ALL = 0
+    OWN = 1
 
 
 class Epilogue(IntEnum):
@@ -285,7 +286,7 @@ class ExchangeStruct(Structure):
         ("source_stride", c_int64),
         ("to_stride", c_int64),
         ("vocab_size", c_int32),
-        ("share", c_int32),
+        ("rows", c_int32),
     )
 
 
@@ -296,7 +297,7 @@ class SelectStruct(Structure):
         ("candidates", c_void_p),
         ("slot_tokens", SlotTokensStruct),
         ("scratch", ScratchStruct),
-        ("share", c_int32),
+        ("rows", c_int32),
         ("reserved", c_int32),
     )
 
@@ -311,7 +312,7 @@ class DrawStruct(Structure):
         ("tokens", c_void_p),
         ("logprobs", c_void_p),
         ("scratch", ScratchStruct),
-        ("share", c_int32),
+        ("rows", c_int32),
         ("reserved", c_int32),
     )
 
@@ -428,10 +429,12 @@ class Library:
         return int(self.c.albireo_group_bytes())
 
     def _check_abi(self) -> None:
-        structs: list[type[Structure]] = [MatrixStruct, RowsStruct, StepStruct, OpStruct, ProgramStruct]
-        structs += [EditsStruct, HistoriesStruct, LogprobsStruct]
-        expected = [ctypes.sizeof(struct) for struct in structs]
+        first: list[type[Structure]] = [MatrixStruct, RowsStruct, StepStruct, OpStruct, ProgramStruct]
+        first += [EditsStruct, HistoriesStruct, LogprobsStruct]
+        last: list[type[Structure]] = [ExchangeStruct, SelectStruct, DrawStruct, PublishStruct]
+        expected = [ctypes.sizeof(struct) for struct in first]
         expected += [CANDIDATES.itemsize, TOKEN_LOGPROBS.itemsize]
+        expected += [ctypes.sizeof(struct) for struct in last] + [MAX_RANKS, NUM_RECENT]
         sizes = (c_int64 * len(expected))()
         version = self.c.albireo_abi(sizes)
         if version != ABI or list(sizes) != expected:

@@ -158,6 +158,11 @@ class Sampling:
         zeros, ones = np.zeros(num_rows, dtype=np.float32), np.ones(num_rows, dtype=np.float32)
         return cls(zeros, ones, zeros, np.zeros(num_rows, dtype=np.int32), np.zeros(num_rows, dtype=np.uint64))
 
+    @property
+    def draws(self) -> bool:
+        """Whether any row needs noise."""
+        return bool(self.temperature.any())
+
     def struct(self, num_samples: int) -> SamplingStruct:
         """Points into the arrays, which must live as long. ValueError: one has another type or shape."""
         dtypes: dict[str, tuple[Any, int]] = {

@@ -21,9 +21,9 @@ from albireo_kernels.cpu.library import (
     OpStruct,
     OpUnion,
     PublishStruct,
+    RowsOf,
     ScratchStruct,
     SelectStruct,
-    Share,
 )
 from albireo_kernels.cpu.program import Op
 from albireo_kernels.cpu.sampling import SlotTokens
@@ -89,13 +89,13 @@ def sampling_ops(scheme: str, shared: SharedSampling, own: RankSampling) -> list
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme}: one of {', '.join(SCHEMES)}")
     if len(shared.candidates) == 1:
-        return _sample_whole(shared, own, Share.ALL_ROWS, meets=False)
+        return _sample_whole(shared, own, RowsOf.ALL, meets=False)
     if scheme == "merge":
         return _merge(shared, own)
-    share = Share.ALL_ROWS if scheme == "gather" else Share.OWN_ROWS
+    rows = RowsOf.ALL if scheme == "gather" else RowsOf.OWN
     copies = _copies(shared, is_private=scheme == "gather")
-    exchanged = [exchange(shared.logits, copies.logits, share)]
-    return exchanged + _sample_whole(copies, own, share, meets=scheme == "batch-sharded")
+    exchanged = [exchange(shared.logits, copies.logits, rows)]
+    return exchanged + _sample_whole(copies, own, rows, meets=scheme == "batch-sharded")
 
 
 def _merge(shared: SharedSampling, own: RankSampling) -> list[Op]:
@@ -108,19 +108,19 @@ def _merge(shared: SharedSampling, own: RankSampling) -> list[Op]:
             own.ids.start,
             own.slot_tokens,
             own.scratch,
-            Share.ALL_ROWS,
+            RowsOf.ALL,
         ),
-        draw(shared, shared.candidates, own.scratch, Share.OWN_ROWS, meets=True),
+        draw(shared, shared.candidates, own.scratch, RowsOf.OWN, meets=True),
         publish(shared, own.slot_tokens, own.ids, meets=True),
     ]
 
 
-def _sample_whole(shared: SharedSampling, own: RankSampling, share: Share, *, meets: bool) -> list[Op]:
+def _sample_whole(shared: SharedSampling, own: RankSampling, rows: RowsOf, *, meets: bool) -> list[Op]:
     vocab_size = shared.logits.shape[1]
     candidates = shared.candidates[own.rank % len(shared.candidates)]
     return [
-        select(shared.logits, shared.raw, candidates, 0, own.slot_tokens, own.scratch, share),
-        draw(shared, [candidates], own.scratch, share, meets=False),
+        select(shared.logits, shared.raw, candidates, 0, own.slot_tokens, own.scratch, rows),
+        draw(shared, [candidates], own.scratch, rows, meets=False),
         publish(shared, own.slot_tokens, range(vocab_size), meets=meets),
     ]
 
@@ -134,7 +134,7 @@ def _copies(shared: SharedSampling, *, is_private: bool) -> SharedSampling:
     return replace(copies, candidates=shared.candidates, tokens=shared.tokens, logprobs=shared.logprobs)
 
 
-def exchange(source: Float32Array, to: Float32Array, share: Share) -> Op:
+def exchange(source: Float32Array, to: Float32Array, rows: RowsOf) -> Op:
     """All ranks meet; then rows [S, vocab_size] of a share are copied from memory that they share."""
     _require(source.shape[1:] == to.shape[1:], f"exchange: rows of {source.shape[1]} and of {to.shape[1]} logits")
     struct = ExchangeStruct(
@@ -143,7 +143,7 @@ def exchange(source: Float32Array, to: Float32Array, share: Share) -> Op:
         source_stride=source.strides[0] // 4,
         to_stride=to.strides[0] // 4,
         vocab_size=source.shape[1],
-        share=share,
+        rows=rows,
     )
     return _op(OpKind.EXCHANGE, OpUnion(exchange=struct), source, to)
 
@@ -155,7 +155,7 @@ def select(
     first_id: int,
     slot_tokens: SlotTokens,
     scratch: Bytes,
-    share: Share,
+    rows: RowsOf,
 ) -> Op:
     """Begins histories, edits logits in place, and selects what goes into the draw.
 
@@ -171,12 +171,12 @@ def select(
         candidates=_records(candidates, CANDIDATES),
         slot_tokens=slot_tokens.c,
         scratch=_scratch(scratch, logits.shape[1]),
-        share=share,
+        rows=rows,
     )
     return _op(OpKind.SELECT, OpUnion(select=struct), logits, raw, candidates, slot_tokens, scratch)
 
 
-def draw(shared: SharedSampling, candidates: Sequence[Records], scratch: Bytes, share: Share, *, meets: bool) -> Op:
+def draw(shared: SharedSampling, candidates: Sequence[Records], scratch: Bytes, rows: RowsOf, *, meets: bool) -> Op:
     """Draws tokens from all candidates of a row; where they are not enough, from its logits.
 
     Args:
@@ -192,7 +192,7 @@ def draw(shared: SharedSampling, candidates: Sequence[Records], scratch: Bytes, 
         tokens=_tokens(shared.tokens),
         logprobs=_records(shared.logprobs, TOKEN_LOGPROBS),
         scratch=_scratch(scratch, shared.logits.shape[1]),
-        share=share,
+        rows=rows,
     )
     for index, of_rank in enumerate(candidates):
         struct.candidates[index] = _records(of_rank, CANDIDATES)

@@ -44,7 +44,7 @@ from sampling_rows import (
     random_row,
 )
 from worker_svc.batch import History, InputBatch
-from worker_svc.cpu_engine.sampling import step_sampling
+from worker_svc.cpu_engine.sampling import SamplingMaker
 from worker_svc.cpu_engine.step import CpuStep
 from worker_svc.row_sampling import SlotSampling
 
@@ -93,7 +93,7 @@ class Ranks:
                 [1] * count,
                 sampled=range(count),
                 sample_slots=slots,
-                sampling=step_sampling(batch),
+                sampling=SamplingMaker().of_step(batch),
                 last_tokens=last_tokens,
             )
             device.submit(NOTHING, program, step)

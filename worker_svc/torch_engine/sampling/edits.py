@@ -37,10 +37,7 @@ class NeedyRows(NamedTuple):
 
 def needy_rows(sampling: RowSampling) -> NeedyRows:
     with_words = [edits.row for edits in sampling.edits if edits.bad_words]
-    is_penalised = (
-        (sampling.repetition_penalty != 1) | (sampling.presence_penalty != 0) | (sampling.frequency_penalty != 0)
-    )
-    penalised = np.flatnonzero(is_penalised) if sampling.has_penalties else np.zeros(0, dtype=np.int64)
+    penalised = np.flatnonzero(sampling.is_penalised) if sampling.has_penalties else np.zeros(0, dtype=np.int64)
     return NeedyRows(penalised, np.array(with_words, dtype=np.int64))
 
 

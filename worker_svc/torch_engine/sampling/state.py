@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from albireo.arrays import Int32Array
+from albireo.limits import MAX_WORD_TOKENS
 from albireo_kernels.reference import to_device
 from worker_svc.batch import History
 
 # Of a bad word but its last token; a word has 64 tokens at most.
-MAX_WORD_PREFIX = 63
+MAX_WORD_PREFIX = MAX_WORD_TOKENS - 1
 # A place before the output's first token.
 NO_TOKEN = -1
 
@@ -79,8 +80,7 @@ class SlotState:
         self._counts: TokenCounts | None = None
         self._tails: Tails | None = None
         # Histories of slots that have not sampled yet. Those of sequences that never did stay until the slot's next.
-        self._counts_wait: dict[int, History] = {}
-        self._tails_wait: dict[int, History] = {}
+        self._waiting: dict[int, History] = {}
 
     @property
     def counts(self) -> TokenCounts:
@@ -97,13 +97,15 @@ class SlotState:
     def expect(self, histories: Iterable[History]) -> None:
         """Sequences that start, in the order of the steps."""
         for history in histories:
-            self._counts_wait[history.slot] = self._tails_wait[history.slot] = history
+            self._waiting[history.slot] = history
 
     def begin(self, penalised: Int32Array, with_words: Int32Array) -> None:
         """Before a step samples in these slots, by what their rows need."""
+        needed = {*penalised.tolist(), *with_words.tolist()}
+        started = {slot: self._waiting.pop(slot) for slot in needed & self._waiting.keys()}
         for slot in penalised.tolist():
-            if (history := self._counts_wait.pop(slot, None)) is not None:
-                self.counts.start(history)
+            if slot in started:
+                self.counts.start(started[slot])
         for slot in with_words.tolist():
-            if (history := self._tails_wait.pop(slot, None)) is not None:
-                self.tails.start(history)
+            if slot in started:
+                self.tails.start(started[slot])

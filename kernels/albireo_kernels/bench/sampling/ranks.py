@@ -43,7 +43,7 @@ from albireo_kernels.cpu import (
     gemm,
     sampling_ops,
 )
-from albireo_kernels.cpu.library import Share
+from albireo_kernels.cpu.library import RowsOf
 from albireo_kernels.cpu.sampling_ops import exchange
 
 NOT_DRAWN = -1
@@ -92,7 +92,7 @@ class Ranks:
         else:
             # They meet first, as they do in every layer before: none starts ahead of the others.
             start = np.zeros((shape.batch, 1), dtype=np.float32)
-            meet = exchange(start, start.copy(), Share.OWN_ROWS)
+            meet = exchange(start, start.copy(), RowsOf.OWN)
             self._prepare = None
             self._forwards = [Program([meet, *product]) for product in products]
         self._samples = {

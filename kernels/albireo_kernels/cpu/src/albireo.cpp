@@ -12,12 +12,14 @@
 
 extern "C" {
 
-int albireo_abi(int64_t sizes[10]) {
-  const int64_t all[10] = {sizeof(AlbireoMatrix),    sizeof(AlbireoRows),     sizeof(AlbireoStep),
-                           sizeof(AlbireoOp),        sizeof(AlbireoProgram),  sizeof(AlbireoEdits),
-                           sizeof(AlbireoHistories), sizeof(AlbireoLogprobs), sizeof(AlbireoCandidates),
-                           sizeof(AlbireoTokenLogprobs)};
-  std::copy_n(all, 10, sizes);
+int albireo_abi(int64_t sizes[ALBIREO_NUM_SIZES]) {
+  const int64_t all[ALBIREO_NUM_SIZES] = {
+      sizeof(AlbireoMatrix),     sizeof(AlbireoRows),          sizeof(AlbireoStep),     sizeof(AlbireoOp),
+      sizeof(AlbireoProgram),    sizeof(AlbireoEdits),         sizeof(AlbireoHistories), sizeof(AlbireoLogprobs),
+      sizeof(AlbireoCandidates), sizeof(AlbireoTokenLogprobs), sizeof(AlbireoExchange), sizeof(AlbireoSelect),
+      sizeof(AlbireoDraw),       sizeof(AlbireoPublish),       ALBIREO_MAX_RANKS,       ALBIREO_NUM_RECENT,
+  };
+  std::copy_n(all, ALBIREO_NUM_SIZES, sizes);
   return ALBIREO_ABI;
 }
 

@@ -218,7 +218,7 @@ typedef struct {
  * scheme is how they are put together: each rank selects from its own columns and the ranks exchange candidates; or rows
  * are exchanged, and each rank selects from whole ones, all of them or every t-th. */
 
-typedef enum { ALBIREO_ALL_ROWS = 0, ALBIREO_OWN_ROWS = 1 } AlbireoShare; /* own: r % size == rank */
+typedef enum { ALBIREO_ALL_ROWS = 0, ALBIREO_OWN_ROWS = 1 } AlbireoRowsOf; /* own: r % size == rank */
 
 /* Columns of the sampling rows' logits. */
 typedef struct {
@@ -266,7 +266,7 @@ typedef struct {
   float *to;
   int64_t from_stride, to_stride;
   int32_t vocab_size;
-  int32_t share; /* AlbireoShare */
+  int32_t rows; /* AlbireoRowsOf */
 } AlbireoExchange;
 
 /* Begins histories; edits logits in place, and selects what goes into the draw. */
@@ -276,7 +276,7 @@ typedef struct {
   AlbireoCandidates *candidates; /* [S], out */
   AlbireoSlotTokens slot_tokens;
   AlbireoScratch scratch;
-  int32_t share;
+  int32_t rows;
   int32_t reserved;
 } AlbireoSelect;
 
@@ -290,7 +290,7 @@ typedef struct {
   int32_t *tokens;                /* [S], out */
   AlbireoTokenLogprobs *logprobs; /* [S], out */
   AlbireoScratch scratch;
-  int32_t share;
+  int32_t rows;
   int32_t reserved;
 } AlbireoDraw;
 
@@ -329,9 +329,9 @@ typedef struct {
 
 typedef struct AlbireoDevice AlbireoDevice;
 
-/* sizeof of Matrix, Rows, Step, Op, Program, Edits, Histories, Logprobs, Candidates, TokenLogprobs in this order: a
- * mirror that differs must not be used. */
-int albireo_abi(int64_t sizes[10]);
+/* What a mirror must agree in, ALBIREO_NUM_SIZES numbers; see albireo.cpp. One that differs must not be used. */
+#define ALBIREO_NUM_SIZES 16
+int albireo_abi(int64_t sizes[ALBIREO_NUM_SIZES]);
 /* The AlbireoIsa that this library was built for. The processor must have it: there is one library for each. */
 int albireo_isa(void);
 /* Asks the system for what the level needs (AMX tiles); 0 when it refuses. Once per process, before a device opens. */

@@ -115,6 +115,23 @@ inline Best best_of(const Row &row) {
   return {value, row.first_id + place};
 }
 
+// Whether any token of a chunk may score more than `best`; `most` are its largest logits, in any lane.
+inline bool may_beat(const Row &row, const float *chunk, int64_t begin, Floats most, float best) {
+  // Quotients are replaced by products. What beats the best one is no further from 0 than it, or than the largest, by
+  // more than the noise, so that this is more than the difference makes up for.
+  const Floats inverse = splat(1.0f / row.temperature);
+  const Floats farthest = max(abs(most * inverse), splat(std::fabs(best))) + kMostNoise;
+  const Floats enough = best - farthest * 4e-7f;
+  if (best > -kInfinity && !lane_bits(most * inverse + kMostNoise > enough)) return false;
+  Words products = (Words)ids_at(row, begin) * kGolden;
+  Ints any = {};
+  for (int at = 0; at < kChunk; at += kWidth) {
+    any |= ~(load<Floats>(chunk + at) * inverse + noise_bound(hash(products, row.k0, row.k1)) <= enough);
+    products += kWidth * kGolden;
+  }
+  return lane_bits(any);
+}
+
 // The first of the largest sums of value and noise, among the survivors of a cut.
 inline Best noisy_best_of(const Row &row, Cut cut) {
   alignas(64) float padded[kChunk], scores[kWidth];
@@ -122,14 +139,12 @@ inline Best noisy_best_of(const Row &row, Cut cut) {
   // Ids ascend, so that an equal score is no better. Bounds hold exactly: rounded sums keep the order of what is added.
   for (int64_t begin = 0; begin < row.num_ids; begin += kChunk) {
     const float *chunk = chunk_at(row, begin, padded);
-    if (!lane_bits(scaled(row, chunk_max(chunk)) + kMostNoise > best.score)) continue;
+    if (!may_beat(row, chunk, begin, chunk_max(chunk), best.score)) continue;
     for (int at = 0; at < kChunk; at += kWidth) {
       const Ints ids = ids_at(row, begin + at);
       const Floats values = scaled(row, load<Floats>(chunk + at));
-      const Floats v = uniform(ids, row.k0, row.k1);
       const Ints survives = (values > cut.value) | ((values == cut.value) & (ids <= cut.id));
-      if (!lane_bits((values + noise_bound(v) > best.score) & survives)) continue;
-      store(scores, select(survives, values + gumbel(v), splat(-kInfinity)));
+      store(scores, select(survives, values + gumbel(uniform(ids, row.k0, row.k1)), splat(-kInfinity)));
       for (int i = 0; i < kWidth; i++) {
         if (scores[i] > best.score) best = {scores[i], ids[i]};
       }

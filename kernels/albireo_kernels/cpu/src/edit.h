@@ -79,12 +79,15 @@ inline bool precedes(const History &history, const int32_t *word, int64_t num_to
   return true;
 }
 
+// A product that is rounded to float32 before anything is added to it, whatever the compiler would like to fuse.
+inline float product(float a, float b) { return (float)((double)a * b); }
+
 inline void penalise(const Row &row, const History &history, float repetition, float presence, float frequency) {
   for (int32_t i = 0; i < *history.num_ids; i++) {
     float &logit = row.logits[history.ids[i] - row.first_id];
     const int32_t num_output = history.counts[i] / 2;
-    logit = logit > 0 ? logit / repetition : logit * repetition;
-    logit -= frequency * (float)num_output;
+    logit = logit > 0 ? logit / repetition : product(logit, repetition);
+    logit -= product(frequency, (float)num_output);
     if (num_output) logit -= presence;
   }
 }

@@ -48,9 +48,14 @@ inline Words mix(Words h) {
   return h ^ h >> 16;
 }
 
-// The uniform numbers v in (0, 1) that the noise of token ids is made of; k0 and k1 are the key.
+inline constexpr uint32_t kGolden = 0x9E3779B9u;
+
+// The hashes of token ids, given as their products with kGolden; k0 and k1 are the key.
+inline Words hash(Words products, uint32_t k0, uint32_t k1) { return mix(mix(products ^ k0) + k1); }
+
+// The uniform numbers v in (0, 1) that the noise of token ids is made of.
 inline Floats uniform(Ints ids, uint32_t k0, uint32_t k1) {
-  const Words h = mix(mix(((Words)ids * 0x9E3779B9u) ^ k0) + k1);
+  const Words h = hash((Words)ids * kGolden, k0, k1);
   // To the nearest float32: both halves are exact, and only their sum rounds.
   const Floats high = __builtin_convertvector((Ints)(h >> 16), Floats);
   const Floats low = __builtin_convertvector((Ints)(h & 0xFFFF), Floats);
@@ -60,11 +65,12 @@ inline Floats uniform(Ints ids, uint32_t k0, uint32_t k1) {
 
 inline Floats gumbel(Floats v) { return -log(-log1p_minus(v)); }
 
-// At least the noise of v: -log1p(-v) >= v, hence noise <= -log(v), and log2(v) >= exponent + fraction, which is what
-// its bits say. The margin is larger than what all the roundings add up to.
-inline Floats noise_bound(Floats v) {
+// At least the noise of a hash: -log1p(-v) >= v, hence noise <= -log(v); v >= (h >> 8) * 2^-24; and log2 of a number is at
+// least exponent + fraction, which is what its bits say. The margin is larger than what all the roundings add up to.
+inline Floats noise_bound(Words h) {
   const float log_2 = 0.693147182f;
-  return __builtin_convertvector((Ints)v, Floats) * (-log_2 * 0x1p-23f) + (127 * log_2 + 1e-3f);
+  const Floats least = __builtin_convertvector((Ints)(h >> 8), Floats);
+  return __builtin_convertvector((Ints)least, Floats) * (-log_2 * 0x1p-23f) + ((127 + 24) * log_2 + 1e-3f);
 }
 
 }  // namespace sampling

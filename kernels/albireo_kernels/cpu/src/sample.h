@@ -26,10 +26,10 @@ inline bool wants_logprobs(const AlbireoSampling &sampling, int64_t index) {
   return sampling.logprobs != nullptr && sampling.logprobs->num_top[index] >= 0;
 }
 
-// Calls `work` with the rows of a share, each on the thread that is first to claim it.
+// Calls `work` with all rows or the rank's own, each on the thread that is first to claim it.
 template <class Work>
-inline void for_each_row(int32_t share, int64_t num_rows, Worker &worker, Work work) {
-  const bool takes_all = share == ALBIREO_ALL_ROWS;
+inline void for_each_row(int32_t rows, int64_t num_rows, Worker &worker, Work work) {
+  const bool takes_all = rows == ALBIREO_ALL_ROWS;
   for (;;) {
     const int64_t taken = worker.take(1);
     const int64_t index = takes_all ? taken : worker.rank + taken * worker.num_ranks;
@@ -97,7 +97,7 @@ inline int64_t sample_scratch_bytes(int32_t vocab_size) { return sampling::Layou
 // False, of all of these: aborted.
 inline bool exchange(const AlbireoExchange &op, const AlbireoStep &step, Worker &worker) {
   if (!worker.meet()) return false;
-  sampling::for_each_row(op.share, step.num_samples, worker, [&](int64_t index) {
+  sampling::for_each_row(op.rows, step.num_samples, worker, [&](int64_t index) {
     std::copy_n(op.from + index * op.from_stride, op.vocab_size, op.to + index * op.to_stride);
   });
   return true;
@@ -111,7 +111,7 @@ inline void select_candidates(const AlbireoSelect &op, const AlbireoStep &step, 
     worker.wait_for_team();
   }
   const sampling::Scratch scratch = sampling::scratch_of(op.scratch, worker);
-  sampling::for_each_row(op.share, step.num_samples, worker, [&](int64_t index) {
+  sampling::for_each_row(op.rows, step.num_samples, worker, [&](int64_t index) {
     const sampling::Row row = sampling::row_of(op.logits, by, index);
     if (by.edits != nullptr) {
       if (sampling::wants_logprobs(by, index)) std::copy_n(row.logits, row.num_ids, op.raw + index * op.logits.stride);
@@ -125,7 +125,7 @@ inline bool draw_tokens(const AlbireoDraw &op, const AlbireoStep &step, Worker &
   if (op.meets && !worker.meet()) return false;
   const AlbireoSampling &by = step.sampling;
   const sampling::Scratch scratch = sampling::scratch_of(op.scratch, worker);
-  sampling::for_each_row(op.share, step.num_samples, worker, [&](int64_t index) {
+  sampling::for_each_row(op.rows, step.num_samples, worker, [&](int64_t index) {
     sampling::Row row = sampling::row_of(op.logits, by, index);
     op.tokens[index] = sampling::draw_row(op, row, index, scratch);
     if (!sampling::wants_logprobs(by, index)) return;
