@@ -6,6 +6,7 @@ blocks, and a checker that knows nothing of the planner's insides watches which 
 
 import random
 from collections import Counter, deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from scheduler_svc.planner.state import Limits, PlannerState, lose_group, regain
 from worker_svc.batch import BatchState, InputBatch
 from worker_svc.engine import EngineConfig
 from worker_svc.stub.engine import StubEngine
+from worker_svc.stub.sampler import Sampler
 from worker_svc.stub.truth import true_logprobs, true_tokens
 
 EOS = 2
@@ -120,20 +122,28 @@ def _moved(of_sequence: Logprobs, position: int, place: int) -> Logprobs:
     return of_sequence.of_tokens(places)
 
 
+def pack_mask(ids: Container[int], vocab_size: int) -> bytes:
+    """As front ends pack allowed tokens."""
+    may_be = [token in ids for token in range(vocab_size)]
+    return np.packbits(may_be, bitorder="little").tobytes()
+
+
 def any_sampling(rng: random.Random, vocab_size: int) -> dict[str, object]:
-    """Sampling parameters as the planner gets them, a few of them at a time."""
+    """Sampling parameters as the planner gets them, a few at a time. The last token is always left to sample."""
 
     def some(num: int) -> list[int]:
-        return rng.sample(range(vocab_size), num)
+        return rng.sample(range(vocab_size - 1), num)
 
-    biased = some(rng.choice([0, 0, 3]))
+    biased, allowed = some(rng.choice([0, 0, 3])), [*some(vocab_size // 4), vocab_size - 1]
     return {
         "repetition_penalty": rng.choice([0.0, 1.0, 1.0, 1.25]),
         "presence_penalty": rng.choice([0.0, 0.0, -0.5]),
         "frequency_penalty": rng.choice([0.0, 0.0, 1.5]),
         "bias_token_ids": pack_int32(biased),
         "biases": pack_float32([rng.choice([-100.0, 0.5, 3.0]) for _ in biased]),
-        "allowed_token_ids": pack_int32(some(vocab_size // 4) if rng.random() < 0.3 else []),
+        **rng.choice(
+            [{}, {}, {"allowed_token_ids": pack_int32(allowed)}, {"allowed_mask": pack_mask(allowed, vocab_size)}]
+        ),
         "bad_words": [pack_int32(some(rng.choice([1, 2, 2, 3]))) for _ in range(rng.choice([0, 0, 200]))],
         "num_logprobs": rng.choice([None, None, 0, 3]),
     }
@@ -304,7 +314,7 @@ class Simulation:
         for engine in self.engines:
             engine._cache[:] = 0  # what a restarted rank holds
             engine._last_tokens[:] = 0
-            engine._sampler.forget()
+            engine._sampler = Sampler()
 
     # What time brings.
 

@@ -189,18 +189,26 @@ class SlotSampling:
             row=-1,
             ids=ids,
             biases=biases,
-            allowed=self._bits(unpack_int32(sampling.allowed_token_ids)),
+            allowed=self._bits(sampling),
             bad_words=tuple(word for word in words if len(word) > 1),
         )
         ids, biases = _with_suppressed(ids, biases, suppressed)
         return _SlotEdits(always, replace(always, ids=ids, biases=biases))
 
-    def _bits(self, ids: Int32Array) -> UInt32Array | None:
-        if not len(ids):
-            return None
-        check_range("allowed token", ids, 0, self._vocab_size)
+    def _bits(self, sampling: plan_pb2.Sampling) -> UInt32Array | None:
+        """The tokens that are allowed, which are told as a mask or as ids; None: all."""
         is_allowed = np.zeros(-(-self._vocab_size // 32) * 32, dtype=np.bool_)
-        is_allowed[ids] = True
+        if sampling.allowed_mask:
+            given = np.unpackbits(np.frombuffer(sampling.allowed_mask, dtype=np.uint8), bitorder="little")
+            if len(given) != -(-self._vocab_size // 8) * 8 or given[self._vocab_size :].any():
+                raise GroupError(f"the mask of allowed tokens is not of {self._vocab_size} bits")
+            is_allowed[: len(given)] = given
+        elif sampling.allowed_token_ids:
+            ids = unpack_int32(sampling.allowed_token_ids)
+            check_range("allowed token", ids, 0, self._vocab_size)
+            is_allowed[ids] = True
+        else:
+            return None
         return np.packbits(is_allowed, bitorder="little").view("<u4")
 
 

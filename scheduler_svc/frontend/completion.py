@@ -3,11 +3,11 @@
 Both client APIs run on it. Tokens gather until a delta is taken, so that a slow client gets fewer and larger ones.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2, generation_pb2
-from scheduler_svc.frontend.logprobs import TokenLogprobs, num_bytes_of
+from scheduler_svc.frontend.logprobs import TokenLogprobs, WaitingLogprobs
 from scheduler_svc.frontend.text import StopMatcher, TextStream
 
 _BYTES_PER_TOKEN = 40  # an int and its place in a list
@@ -76,11 +76,11 @@ class Completion:
         self._suspect: int | None = None  # one of end_ids; the planner's verdict on it is still to come
         self._end_token: int | None = None
         self._token_ids: list[int] = []  # not taken yet
-        self._logprobs: list[TokenLogprobs] = []  # of all tokens that came and were not taken, whatever becomes of them
+        self._logprobs: WaitingLogprobs | None = None  # of all tokens that came, whatever becomes of them
         self._pieces: list[str] = []  # text of _token_ids; only kept here with a matcher
         self._is_first = True
 
-    def receive(self, token_ids: list[int], logprobs: Sequence[TokenLogprobs] = ()) -> int | None:
+    def receive(self, token_ids: list[int], logprobs: Logprobs | None = None) -> int | None:
         """Adds tokens, with logprobs of all of them or none. Returns how many tokens the completion keeps when a stop
         string ends it here, else None.
 
@@ -89,7 +89,7 @@ class Completion:
         """
         if self.finish is not None or not token_ids:
             return None
-        if logprobs:
+        if logprobs is not None:
             self._add_logprobs(logprobs, len(token_ids))
         if self._suspect is not None:
             token_ids = [self._suspect, *token_ids]
@@ -136,18 +136,17 @@ class Completion:
             text = ""
         if self._end_token is not None and self._wants_end_token:
             token_ids.append(self._end_token)
-        logprobs: list[TokenLogprobs] = []
-        if self._logprobs:
-            logprobs, self._logprobs = self._logprobs[: len(token_ids)], self._logprobs[len(token_ids) :]
+        logprobs = self._logprobs.take(len(token_ids)) if self._logprobs is not None else []
         delta = Delta(self.index, self._is_first, token_ids, text, self.finish, self.num_cached_tokens, logprobs)
         self._is_first = self._is_first and not delta
         return delta
 
-    def _add_logprobs(self, logprobs: Sequence[TokenLogprobs], num_tokens: int) -> None:
-        if len(logprobs) != num_tokens:
-            raise ValueError(f"{len(logprobs)} logprobs came with {num_tokens} tokens")
-        self._logprobs.extend(logprobs)
-        self.num_waiting_bytes += num_bytes_of(list(logprobs))
+    def _add_logprobs(self, logprobs: Logprobs, num_tokens: int) -> None:
+        if len(logprobs.logprobs) != num_tokens:
+            raise ValueError(f"{len(logprobs.logprobs)} logprobs came with {num_tokens} tokens")
+        if self._logprobs is None:
+            self._logprobs = WaitingLogprobs()
+        self.num_waiting_bytes += self._logprobs.add(logprobs)
 
     def _add(self, token_ids: list[int]) -> int | None:
         self.num_waiting_bytes += _BYTES_PER_TOKEN * len(token_ids)

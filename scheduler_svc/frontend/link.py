@@ -17,7 +17,7 @@ from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.ledger import FRONTEND_COLUMNS, Ledger
 from albireo.rpc import make_channel
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
-from scheduler_svc.frontend.messages import in_messages, logprobs_in, started_in, tokens_in
+from scheduler_svc.frontend.messages import MAX_SUBMITS_BYTES, in_messages, logprobs_in, started_in, tokens_in
 from scheduler_svc.frontend.outstanding import Outstanding, Receiver
 
 log = structlog.get_logger()
@@ -28,7 +28,6 @@ _FIRST_BACKOFF_S = 0.05
 _MAX_BACKOFF_S = 0.5
 _WELCOME_TIMEOUT_S = 5.0  # a planner that listens welcomes at once
 _LEDGER_TIMEOUT_S = 2.0
-_LARGE_BYTES = 64 << 10  # of a submit
 
 
 class PlannerLink:
@@ -58,6 +57,7 @@ class PlannerLink:
         self._next_sequence_id = 1
         self._outbox: list[frontend_pb2.FrontendMessage] = []
         self._outbox_filled = asyncio.Event()
+        self._num_submit_bytes = 0  # in the outbox's last message
         self._is_attached = False
         self._is_open = False
 
@@ -153,24 +153,21 @@ class PlannerLink:
             message.submits.extend(waiting)
         self._outbox = [*in_messages(submits.values()), *self._outbox]
         if self._outbox:
+            self._num_submit_bytes = self._outbox[-1].ByteSize()
             self._outbox_filled.set()
 
     def submit(self, submit: frontend_pb2.Submit, receiver: Receiver) -> int:
         """Queues a sequence; gives it an id and returns that. Raises GroupUnavailable when there is no planner.
 
-        ``remaining_s`` counts from now, wherever and whenever the sequence runs.
+        ``remaining_s`` counts from now, wherever and whenever the sequence runs. ``submit`` is kept: for another
+        sequence of the same request it may be submitted again, with another seed, and with no other change.
         """
         if not self._is_open:
             raise GroupUnavailable("there is no link to the planner")
         sequence_id = submit.sequence_id = self._next_sequence_id
         self._next_sequence_id += 1
         self._sequences[sequence_id] = Outstanding(submit, receiver)
-        if self._outbox and self._outbox[-1].abort_labels:
-            # In the same message the abort would come after this sequence and end it, too.
-            self._outbox.append(frontend_pb2.FrontendMessage())
-        self._pending().submits.append(submit)
-        if len(submit.sampling.allowed_token_ids) > _LARGE_BYTES:
-            self._outbox.append(frontend_pb2.FrontendMessage())  # many in one message might be too much for it
+        self._pending_with_room(submit.ByteSize()).submits.append(submit)
         return sequence_id
 
     def truncate(self, sequence_id: int, num_kept: int) -> None:
@@ -263,6 +260,17 @@ class PlannerLink:
         self._outbox_filled.set()
         return self._outbox[-1]
 
+    def _pending_with_room(self, num_bytes: int) -> frontend_pb2.FrontendMessage:
+        """The pending message, or a new one, for a submit of so many bytes."""
+        pending = self._pending()
+        is_full = pending.submits and self._num_submit_bytes + num_bytes > MAX_SUBMITS_BYTES
+        # In the same message an abort would come after the submit and end its sequence, too.
+        if is_full or pending.abort_labels:
+            pending = frontend_pb2.FrontendMessage()
+            self._outbox.append(pending)
+        self._num_submit_bytes = num_bytes + (self._num_submit_bytes if pending.submits else 0)
+        return pending
+
     async def _write_all(self, call: _Call) -> None:
         while True:
             await self._outbox_filled.wait()
@@ -287,7 +295,7 @@ class PlannerLink:
             sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
             if sequence is not None:
                 sequence.output.extend(token_ids)
-                of_tokens = logprobs.get(sequence_id, []) if logprobs else []
+                of_tokens = logprobs.get(sequence_id)
                 self._tell(sequence_id, sequence.receiver, sequence.receiver.receive, token_ids, now, of_tokens)
         for ended in message.ended:
             sequence = self._sequences.pop(ended.sequence_id, None)

@@ -14,16 +14,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from albireo.arrays import Float32Array, Int32Array
+from albireo.arrays import EMPTY_INT32, Float32Array, Int32Array
 from albireo.errors import InvalidRequest
+from albireo.limits import MAX_LOGPROBS, MAX_WORD_TOKENS
 
 MAX_PENALTY = 2.0
 MAX_BIAS = 100.0
 MAX_BIASES = 1024
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 1024
-MAX_BAD_WORD_TOKENS = 64
-MAX_LOGPROBS = 20
 
 # A text's token ids, without special tokens around them.
 Encode = Callable[[str], Sequence[int]]
@@ -50,7 +49,8 @@ class LogitParams:
 
     Attributes:
         bias_token_ids, biases: parallel; no id twice.
-        allowed_token_ids: ascending; empty: all.
+        allowed_token_ids: ascending; empty, like allowed_mask: all.
+        allowed_mask: a bit per token of the vocabulary, the lowest first, where that is shorter than the ids.
         bad_words: token ids that never follow each other in the output.
         num_logprobs: of the likeliest tokens, beside the sampled one's; None: no logprobs at all.
     """
@@ -62,6 +62,7 @@ class LogitParams:
     bias_token_ids: Int32Array
     biases: Float32Array
     allowed_token_ids: Int32Array
+    allowed_mask: bytes
     bad_words: tuple[tuple[int, ...], ...]
     num_logprobs: int | None
 
@@ -73,6 +74,7 @@ def check_logit_params(
     if fields.logprobs is not None and not 0 <= fields.logprobs <= MAX_LOGPROBS:
         raise InvalidRequest(f"sampling_params.logprobs is {fields.logprobs}; it must be 0 to {MAX_LOGPROBS}")
     bias_token_ids, biases = _biases(fields.logit_bias, vocab_size)
+    allowed_token_ids, allowed_mask = _allowed(fields.allowed_token_ids, vocab_size)
     return LogitParams(
         min_p=check_min_p(min_p if fields.min_p is None else fields.min_p),
         repetition_penalty=check_repetition_penalty(
@@ -82,7 +84,8 @@ def check_logit_params(
         frequency_penalty=_penalty("frequency_penalty", fields.frequency_penalty),
         bias_token_ids=bias_token_ids,
         biases=biases,
-        allowed_token_ids=_allowed(fields.allowed_token_ids, vocab_size),
+        allowed_token_ids=allowed_token_ids,
+        allowed_mask=allowed_mask,
         bad_words=_bad_words(fields, encode, vocab_size),
         num_logprobs=fields.logprobs,
     )
@@ -121,9 +124,10 @@ def _biases(biases: Mapping[int, float], vocab_size: int) -> tuple[Int32Array, F
     return np.array(ids, dtype=np.int32), np.clip(values, -MAX_BIAS, MAX_BIAS)
 
 
-def _allowed(ids: Sequence[int] | None, vocab_size: int) -> Int32Array:
+def _allowed(ids: Sequence[int] | None, vocab_size: int) -> tuple[Int32Array, bytes]:
+    """Ids or mask, whichever is shorter; neither where all are allowed."""
     if ids is None:
-        return np.zeros(0, dtype=np.int32)
+        return EMPTY_INT32, b""
     if not len(ids):
         raise InvalidRequest("sampling_params.allowed_token_ids is empty; at least one token must be allowed")
     given = np.fromiter(ids, dtype=np.int64, count=len(ids))
@@ -133,8 +137,13 @@ def _allowed(ids: Sequence[int] | None, vocab_size: int) -> Int32Array:
             f"sampling_params.allowed_token_ids[{wrong[0]}] is {given[wrong[0]]};"
             f" the vocabulary has ids 0 to {vocab_size - 1}"
         )
-    allowed = np.unique(given).astype(np.int32)
-    return allowed[:0] if len(allowed) == vocab_size else allowed
+    is_allowed = np.zeros(vocab_size, dtype=np.bool_)
+    is_allowed[given] = True
+    if is_allowed.all():
+        return EMPTY_INT32, b""
+    allowed = np.flatnonzero(is_allowed).astype(np.int32)
+    mask = np.packbits(is_allowed, bitorder="little")
+    return (EMPTY_INT32, mask.tobytes()) if allowed.nbytes > mask.nbytes else (allowed, b"")
 
 
 def _bad_words(fields: LogitFields, encode: Encode, vocab_size: int) -> tuple[tuple[int, ...], ...]:
@@ -167,8 +176,8 @@ def bad_word_variants(text: str, encode: Encode) -> list[Sequence[int]]:
 
 
 def _bad_word(name: str, ids: Sequence[int], vocab_size: int) -> tuple[int, ...]:
-    if not 1 <= len(ids) <= MAX_BAD_WORD_TOKENS:
-        raise InvalidRequest(f"sampling_params.{name} has {len(ids)} tokens; it must have 1 to {MAX_BAD_WORD_TOKENS}")
+    if not 1 <= len(ids) <= MAX_WORD_TOKENS:
+        raise InvalidRequest(f"sampling_params.{name} has {len(ids)} tokens; it must have 1 to {MAX_WORD_TOKENS}")
     for token_id in ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(

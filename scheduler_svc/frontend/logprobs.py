@@ -1,12 +1,12 @@
-"""Log-probabilities as completions hold them: one entry per token."""
+"""Log-probabilities on their way from the planner's messages to deltas: as arrays for as long as they wait."""
 
-from typing import NamedTuple
+from array import array
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from albireo.arrays import UInt64Array
 from albireo.logprobs import Logprobs
-
-_BYTES_PER_TOKEN = 200  # a tuple, its numbers, a list and its place in one
-_BYTES_PER_TOP = 130
 
 
 class TokenLogprobs(NamedTuple):
@@ -17,21 +17,60 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
 
 
-def group_logprobs(sequence_ids: UInt64Array, logprobs: Logprobs) -> dict[int, list[TokenLogprobs]]:
+def split_logprobs(sequence_ids: UInt64Array, logprobs: Logprobs) -> dict[int, Logprobs]:
     """Splits logprobs by sequence, in the order of the tokens beside which they stand; ``sequence_ids`` of all
     tokens."""
-    tops = list(zip(logprobs.top_token_ids.tolist(), logprobs.top_logprobs.tolist(), strict=True))
-    owners = sequence_ids[logprobs.indices].tolist()
-    of_sequence: dict[int, list[TokenLogprobs]] = {}
-    start = 0
-    for owner, logprob, rank, num_top in zip(
-        owners, logprobs.logprobs.tolist(), logprobs.ranks.tolist(), logprobs.num_top.tolist(), strict=True
-    ):
-        of_sequence.setdefault(owner, []).append(TokenLogprobs(logprob, rank, tops[start : start + num_top]))
-        start += num_top
+    owners = sequence_ids[logprobs.indices]
+    order = np.argsort(owners, kind="stable")
+    top_order = np.argsort(np.repeat(owners, logprobs.num_top), kind="stable")
+    of_tokens = [column[order] for column in logprobs[:4]]
+    of_tops = [column[top_order] for column in logprobs[4:]]
+    present, starts = np.unique(owners[order], return_index=True)
+    bounds = [*starts.tolist(), len(order)]
+    top_bounds = np.concatenate(([0], np.cumsum(of_tokens[3])))[bounds].tolist()
+    of_sequence: dict[int, Logprobs] = {}
+    for i, owner in enumerate(present.tolist()):
+        mine, my_tops = slice(*bounds[i : i + 2]), slice(*top_bounds[i : i + 2])
+        columns = [*(column[mine] for column in of_tokens), *(column[my_tops] for column in of_tops)]
+        of_sequence[owner] = Logprobs._make(columns)
     return of_sequence
 
 
-def num_bytes_of(logprobs: list[TokenLogprobs]) -> int:
-    """About what they take in memory."""
-    return sum(_BYTES_PER_TOKEN + _BYTES_PER_TOP * len(each.top) for each in logprobs)
+class WaitingLogprobs:
+    """Of a completion's tokens that came and were not taken. With 20 likeliest, a token has 172 bytes here, and some
+    2800 as tuples."""
+
+    __slots__ = ("_logprobs", "_num_top", "_ranks", "_top_logprobs", "_top_token_ids")
+
+    def __init__(self) -> None:
+        self._logprobs, self._top_logprobs = array("f"), array("f")
+        self._ranks, self._num_top, self._top_token_ids = array("i"), array("i"), array("i")
+
+    def add(self, logprobs: Logprobs) -> int:
+        """Returns how many bytes more wait."""
+        columns: list[array[Any]] = [
+            self._logprobs,
+            self._ranks,
+            self._num_top,
+            self._top_token_ids,
+            self._top_logprobs,
+        ]
+        for column, new in zip(columns, logprobs[1:], strict=True):
+            column.frombytes(new.tobytes())
+        return sum(new.nbytes for new in logprobs[1:])
+
+    def take(self, num_tokens: int) -> list[TokenLogprobs]:
+        """Those of the first tokens; fewer where there are fewer."""
+        taken = []
+        start = 0
+        columns = (self._logprobs[:num_tokens], self._ranks[:num_tokens], self._num_top[:num_tokens])
+        for logprob, rank, num_top in zip(*columns, strict=True):
+            stop = start + num_top
+            tops = zip(self._top_token_ids[start:stop], self._top_logprobs[start:stop], strict=True)
+            taken.append(TokenLogprobs(logprob, rank, list(tops)))
+            start = stop
+        for column in (self._logprobs, self._ranks, self._num_top):
+            del column[:num_tokens]
+        for column in (self._top_token_ids, self._top_logprobs):
+            del column[:start]
+        return taken

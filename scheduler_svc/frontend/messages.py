@@ -6,11 +6,11 @@ All functions are pure. Those that read raise ValueError for a message that cann
 from collections.abc import Iterable
 
 from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
-from albireo.logprobs import decode
+from albireo.logprobs import Logprobs, decode
 from albireo.v1 import frontend_pb2
-from scheduler_svc.frontend.logprobs import TokenLogprobs, group_logprobs
+from scheduler_svc.frontend.logprobs import split_logprobs
 
-_MAX_RESUBMIT_BYTES = 16 << 20  # of one message
+MAX_SUBMITS_BYTES = 16 << 20  # of one message; it has more only where a single submit does
 
 
 def started_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, int]]:
@@ -31,12 +31,12 @@ def tokens_in(message: frontend_pb2.PlannerMessage) -> dict[int, list[int]]:
     return group_tokens(unpack_uint64(message.token_sequence_ids), unpack_int32(message.token_ids))
 
 
-def logprobs_in(message: frontend_pb2.PlannerMessage) -> dict[int, list[TokenLogprobs]]:
+def logprobs_in(message: frontend_pb2.PlannerMessage) -> dict[int, Logprobs]:
     """Those of the new tokens by sequence, where there are any."""
     if not message.HasField("logprobs"):
         return {}
     sequence_ids = unpack_uint64(message.token_sequence_ids)
-    return group_logprobs(sequence_ids, decode(message.logprobs, len(sequence_ids)))
+    return split_logprobs(sequence_ids, decode(message.logprobs, len(sequence_ids)))
 
 
 def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> dict[int, list[int]]:
@@ -58,11 +58,11 @@ def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> dict[int, 
 def in_messages(submits: Iterable[frontend_pb2.Submit]) -> list[frontend_pb2.FrontendMessage]:
     """Packs submits into messages of a bounded size."""
     messages: list[frontend_pb2.FrontendMessage] = []
-    num_bytes = _MAX_RESUBMIT_BYTES
+    num_bytes = 0
     for submit in submits:
-        if num_bytes >= _MAX_RESUBMIT_BYTES:
-            messages.append(frontend_pb2.FrontendMessage())
-            num_bytes = 0
-        messages[-1].submits.append(submit)
         num_bytes += submit.ByteSize()
+        if not messages or num_bytes > MAX_SUBMITS_BYTES:
+            messages.append(frontend_pb2.FrontendMessage())
+            num_bytes = submit.ByteSize()
+        messages[-1].submits.append(submit)
     return messages

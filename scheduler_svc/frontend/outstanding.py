@@ -7,9 +7,9 @@ import numpy as np
 
 from albireo.arrays import pack_int32
 from albireo.errors import AlbireoError
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2
 from scheduler_svc.frontend.deadline import deadline_in, remaining_s
-from scheduler_svc.frontend.logprobs import TokenLogprobs
 
 
 class Receiver(Protocol):
@@ -18,8 +18,8 @@ class Receiver(Protocol):
     def start(self, num_cached_tokens: int) -> None:
         """The sequence runs; so much of its prompt was in the prefix cache. Called once at most, before `receive`."""
 
-    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
-        """New tokens, and their logprobs or none; called at most once per message from the planner."""
+    def receive(self, token_ids: list[int], now: float, logprobs: Logprobs | None) -> None:
+        """New tokens, and logprobs of all of them or none; called at most once per message from the planner."""
 
     def end(self, ended: frontend_pb2.Ended) -> None:
         """The sequence is over; nothing comes after it."""
@@ -29,27 +29,33 @@ class Receiver(Protocol):
 
 
 class Outstanding:
-    """One sequence.
+    """One sequence. What was submitted is kept, not copied: a request's sequences share it, and differ in id and seed.
 
     Attributes:
         has_started: at any planner; where it goes on, it is told as started once more.
         output: what has come so far.
     """
 
-    __slots__ = ("_deadline", "_submit", "has_started", "output", "receiver")
+    __slots__ = ("_deadline", "_seed", "_sequence_id", "_submit", "_was_sent", "has_started", "output", "receiver")
 
     def __init__(self, submit: frontend_pb2.Submit, receiver: Receiver) -> None:
         self.receiver = receiver
         self.has_started = False
         self.output = array("i")
-        self._submit = frontend_pb2.Submit()
-        self._submit.CopyFrom(submit)
+        self._submit = submit
+        self._sequence_id = submit.sequence_id
+        self._seed = submit.sampling.seed
+        self._was_sent = False
         self._deadline = deadline_in(submit.remaining_s or None)
 
     def again(self, was_sent: bool) -> frontend_pb2.Submit:
         """What submits it to the next planner; ``was_sent``: to the last one. Raises DeadlineExceeded."""
-        submit = self._submit
+        self._was_sent |= was_sent
+        submit = frontend_pb2.Submit()
+        submit.CopyFrom(self._submit)
+        submit.sequence_id = self._sequence_id
+        submit.sampling.seed = self._seed
         submit.remaining_s = remaining_s(self._deadline)
-        submit.is_resumed |= was_sent
+        submit.is_resumed = self._was_sent
         submit.output_token_ids = pack_int32(np.frombuffer(self.output, dtype=np.int32)) if self.output else b""
         return submit

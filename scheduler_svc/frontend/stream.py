@@ -9,12 +9,12 @@ import grpc
 
 from albireo.arrays import pack_float32, pack_int32
 from albireo.errors import AlbireoError, Overloaded
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.frontend.calls import Context
 from scheduler_svc.frontend.completion import Completion, Delta
 from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
-from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.slots import WriteSlots
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
@@ -206,7 +206,7 @@ class _Sequence:
     def start(self, num_cached_tokens: int) -> None:
         self.completion.num_cached_tokens = num_cached_tokens
 
-    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: Logprobs | None) -> None:
         stream = self._stream
         metrics = stream._metrics
         metrics.num_output_tokens += len(token_ids)
@@ -286,6 +286,7 @@ def _sampling(request: GenerationRequest) -> plan_pb2.Sampling:
         bias_token_ids=pack_int32(logits.bias_token_ids),
         biases=pack_float32(logits.biases),
         allowed_token_ids=pack_int32(logits.allowed_token_ids),
+        allowed_mask=logits.allowed_mask,
         bad_words=[pack_int32(word) for word in logits.bad_words],
         num_logprobs=logits.num_logprobs,
     )

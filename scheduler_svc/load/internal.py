@@ -9,12 +9,12 @@ import numpy as np
 
 from albireo.arrays import pack_int32
 from albireo.errors import AlbireoError, GroupUnavailable
+from albireo.logprobs import Logprobs
 from albireo.rpc import make_server
 from albireo.v1 import frontend_pb2, ledger_pb2_grpc, plan_pb2
 from albireo.watchdog import Watchdog
 from scheduler_svc.frontend.ledger import LedgerServicer
 from scheduler_svc.frontend.link import PlannerLink
-from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.load.config import LoadConfig
 from scheduler_svc.load.record import Record
 
@@ -89,7 +89,7 @@ class _Client:
     def start(self, num_cached_tokens: int) -> None:
         pass
 
-    def receive(self, token_ids: list[int], now: float, logprobs: list[TokenLogprobs]) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: Logprobs | None) -> None:
         self._load.took(len(token_ids))
 
     def end(self, ended: frontend_pb2.Ended) -> None:

@@ -4,15 +4,14 @@ import math
 
 import numpy as np
 
-from albireo.arrays import Float32Array, Int32Array, pack_int32, unpack_float32, unpack_int32
+from albireo.arrays import BoolArray, Float32Array, Int32Array, pack_int32, unpack_float32, unpack_int32
+from albireo.limits import MAX_LOGPROBS, MAX_WORD_TOKENS
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.messages import Refused
 from scheduler_svc.planner.state import Limits
 
 _MAX_BAD_WORDS = 512  # as the front ends make them: up to two of each that a client gives
-_MAX_BAD_WORD_TOKENS = 64
 _MAX_BIASES = 1024
-_MAX_LOGPROBS = 20
 _MAX_PENALTY = 2.0
 
 
@@ -27,20 +26,13 @@ def checked_sampling(request: frontend_pb2.Submit, stop_token_ids: frozenset[int
     _in_range("repetition_penalty", sampling.repetition_penalty, 0, math.inf)
     _in_range("presence_penalty", sampling.presence_penalty, -_MAX_PENALTY, _MAX_PENALTY)
     _in_range("frequency_penalty", sampling.frequency_penalty, -_MAX_PENALTY, _MAX_PENALTY)
-    _in_range("num_logprobs", sampling.num_logprobs, 0, _MAX_LOGPROBS)
+    _in_range("num_logprobs", sampling.num_logprobs, 0, MAX_LOGPROBS)
     if sampling.bias_token_ids or sampling.biases:
         _check_biases(sampling, limits)
-    if sampling.allowed_token_ids:
-        allowed = token_ids("allowed_token_ids", sampling.allowed_token_ids, limits)
-        _at_most("allowed_token_ids", len(allowed), limits.vocab_size)
     if sampling.bad_words:
         _check_bad_words(sampling, limits)
-    if sampling.min_tokens:
-        if len(stop_token_ids) >= limits.vocab_size:
-            raise Refused("with min_tokens, the stop_token_ids leave no token to sample")
-        sampling.suppressed_token_ids = pack_int32(sorted(stop_token_ids))
-    else:
-        sampling.suppressed_token_ids = b""
+    sampling.suppressed_token_ids = pack_int32(sorted(stop_token_ids)) if sampling.min_tokens else b""
+    _check_that_some_are_left(sampling, _allowed(sampling, limits), limits)
     return sampling
 
 
@@ -53,6 +45,43 @@ def token_ids(name: str, packed: bytes, limits: Limits) -> Int32Array:
     if len(ids) and int(ids.view(np.uint32).max()) >= limits.vocab_size:  # as are negative ones
         raise Refused(f"{name} has ids outside the vocabulary of {limits.vocab_size}")
     return ids
+
+
+def _allowed(sampling: plan_pb2.Sampling, limits: Limits) -> BoolArray | None:
+    """[vocab_size]; None: all tokens are allowed."""
+    vocab_size = limits.vocab_size
+    if sampling.allowed_mask:
+        mask = np.frombuffer(sampling.allowed_mask, dtype=np.uint8)
+        if sampling.allowed_token_ids or len(mask) != -(-vocab_size // 8):
+            raise Refused(f"allowed_mask is a bit for each of {vocab_size} tokens, in place of allowed_token_ids")
+        bits: BoolArray = np.unpackbits(mask, bitorder="little").view(np.bool_)
+        if bits[vocab_size:].any():
+            raise Refused(f"allowed_mask has bits outside the vocabulary of {vocab_size}")
+        return bits[:vocab_size]
+    if not sampling.allowed_token_ids:
+        return None
+    ids = token_ids("allowed_token_ids", sampling.allowed_token_ids, limits)
+    _at_most("allowed_token_ids", len(ids), vocab_size)
+    is_allowed = np.zeros(vocab_size, dtype=np.bool_)
+    is_allowed[ids] = True
+    return is_allowed
+
+
+def _check_that_some_are_left(sampling: plan_pb2.Sampling, allowed: BoolArray | None, limits: Limits) -> None:
+    """Of the tokens, whatever the output is: bad words of several tokens are not looked at. Consumes ``allowed``."""
+    words = [word for word in map(unpack_int32, sampling.bad_words) if len(word) == 1]
+    forbidden = np.concatenate([unpack_int32(sampling.suppressed_token_ids), *words])
+    if allowed is None and len(forbidden) < limits.vocab_size:
+        return
+    is_left = np.ones(limits.vocab_size, dtype=np.bool_) if allowed is None else allowed
+    is_left[forbidden] = False
+    if not is_left.any():
+        fields = {
+            "allowed_token_ids": allowed is not None,
+            "bad_words of one token": bool(words),
+            "stop_token_ids below min_tokens": bool(sampling.suppressed_token_ids),
+        }
+        raise Refused(f"{' and '.join(name for name in fields if fields[name])} leave no token to sample")
 
 
 def _check_biases(sampling: plan_pb2.Sampling, limits: Limits) -> None:
@@ -69,8 +98,8 @@ def _check_biases(sampling: plan_pb2.Sampling, limits: Limits) -> None:
 def _check_bad_words(sampling: plan_pb2.Sampling, limits: Limits) -> None:
     _at_most("bad_words", len(sampling.bad_words), _MAX_BAD_WORDS)
     for word in sampling.bad_words:
-        if not 1 <= len(token_ids("bad_words", word, limits)) <= _MAX_BAD_WORD_TOKENS:
-            raise Refused(f"bad_words have 1 to {_MAX_BAD_WORD_TOKENS} tokens each")
+        if not 1 <= len(token_ids("bad_words", word, limits)) <= MAX_WORD_TOKENS:
+            raise Refused(f"bad_words have 1 to {MAX_WORD_TOKENS} tokens each")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:

@@ -202,12 +202,17 @@ def wrong_fields(meaning: Meaning, top_p: float, request_id: str) -> set[str]:
         "max_tokens": params.HasField("max_tokens") and params.max_tokens == 0,
         "min_tokens": params.HasField("max_tokens") and params.min_tokens > params.max_tokens,
         "stop": len(params.stop) > 64 or any(not 1 <= len(stop) <= 1024 for stop in params.stop),
-        "stop_token_ids": len(params.stop_token_ids) > 1024
-        or any(token >= VOCAB_SIZE for token in stop_ids)
-        # Nothing would be left to sample before min_tokens.
-        or (params.min_tokens > 0 and len(meaning.ends) >= VOCAB_SIZE),
+        "stop_token_ids": len(params.stop_token_ids) > 1024 or any(token >= VOCAB_SIZE for token in stop_ids),
     }
-    return {name for name, is_so in is_wrong.items() if is_so}
+    return {name for name, is_so in is_wrong.items() if is_so} | fields_that_leave_nothing(meaning)
+
+
+def fields_that_leave_nothing(meaning: Meaning) -> set[str]:
+    """To sample, at the beginning at least."""
+    is_left = set(allowed_ids(meaning.params) or range(VOCAB_SIZE))
+    is_left -= {word[0] for word in meaning.bad_words if len(word) == 1}
+    is_left -= meaning.ends if meaning.params.min_tokens else set()
+    return set() if is_left else {"allowed_token_ids", "bad_words", "stop_token_ids"}
 
 
 _SERVED = {"request_id", "tokenized", "text", "sampling_params", "stream"}

@@ -112,6 +112,8 @@ def random_case(rng: random.Random, tokenizer: Tokenizer) -> Case:
     )
     if some(0.4):
         params.allowed_token_ids.ids.extend(allowed)
+    elif some(0.3):
+        params.allowed_token_ids.ids.extend(range(0, VOCAB_SIZE, 3))  # they travel as a mask
     if some(0.4):
         params.bad_words.append(rng.choice(["a", "def", "import os"]))
         words = [rng.sample(allowed, rng.choice([1, 2, 2, 3])) for _ in range(8)]
@@ -223,7 +225,7 @@ async def refusal(call: Any) -> str:
 
 
 async def test_stop_strings_cut_logprobs_and_wrong_parameters_are_named(tmp_path: Path, stub_model: Path):
-    """Streamed and in full, of several completions; a request whose parameters leave no token still ends."""
+    """Streamed and in full, of several completions; a request from which bad words leave no token still ends."""
     tokenizer = Tokenizer.from_file(str(stub_model / "tokenizer.json"))
     with (
         worker_group(tmp_path / "g", stub_model, engine="stub", tp=2) as group,
@@ -253,11 +255,14 @@ async def test_stop_strings_cut_logprobs_and_wrong_parameters_are_named(tmp_path
 
             nothing_left = pb.SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
             nothing_left.allowed_token_ids.ids.append(9)
-            nothing_left.bad_words_token_ids.add(ids=[9])
+            nothing_left.bad_words_token_ids.add(ids=[9, 9])
             assert len((await ask_native(channel, make_case([5], nothing_left, tokenizer))).tokens) == 5
 
             native, engine = rpc.GenerationStub(channel), vllm_grpc.VllmEngineStub(channel)
             prompt = pb.TokenIds(ids=[5])
+            nothing_left.bad_words_token_ids.add(ids=[9])
+            call = native.Generate(pb.GenerateRequest(token_ids=prompt, sampling_params=nothing_left))
+            assert await refusal(call) == "allowed_token_ids and bad_words of one token leave no token to sample"
             for name, fields in WRONG:
                 sampling = pb.SamplingParams(**fields)
                 call = native.Generate(pb.GenerateRequest(token_ids=prompt, sampling_params=sampling))

@@ -11,6 +11,7 @@ from albireo.errors import GroupError
 from albireo.plan import NewSequence, Rows, StepPlan, decode_plan, decode_rows, encode_plan
 from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState, InputBatch
+from worker_svc.row_sampling import SlotSampling
 
 BLOCK_SIZE = 4
 
@@ -177,6 +178,30 @@ def test_edits_and_penalties_reach_the_rows_that_have_them():
     assert [each.row for each in again.sampling.edits] == [1]
 
 
+def test_a_mask_of_allowed_tokens_is_the_same_as_their_ids():
+    """The vocabulary of 200 does not end with a word of bits."""
+    allowed = [0, 33, 64, 199]
+    mask = np.zeros(200, dtype=np.bool_)
+    mask[allowed] = True
+    packed_mask = np.packbits(mask, bitorder="little").tobytes()
+    state = make_state()
+    told = ({"allowed_token_ids": ints(*allowed).tobytes()}, {"allowed_mask": packed_mask})
+    new = tuple(new_sequence(slot, 1, [slot + 1], **each) for slot, each in enumerate(told))
+    one, other = state.apply(StepPlan(1, 0, decode_rows(ints(0, 1)), new_sequences=new)).sampling.edits
+    assert one.allowed is not None
+    assert other.allowed is not None
+    assert one.allowed.tolist() == other.allowed.tolist()
+
+
+@pytest.mark.parametrize("mask", [b"\1" * 24, b"\1" * 26, b"\1" * 24 + b"\x20"])
+def test_a_mask_of_another_vocabulary_is_an_error(mask: bytes):
+    """One byte too few, one too many, one bit too many."""
+    sampling = SlotSampling(1, 197)
+    sampling.set(0, plan_pb2.Sampling(allowed_mask=b"\1" * 24 + b"\x10"))
+    with pytest.raises(GroupError, match="not of 197 bits"):
+        sampling.set(0, plan_pb2.Sampling(allowed_mask=mask))
+
+
 def test_penalties_come_with_the_tokens_that_they_count():
     state = make_state()
     new = new_sequence(1, 2, [1], frequency_penalty=0.5)
@@ -284,6 +309,7 @@ def plans(draw: st.DrawFn, step_id: int) -> StepPlan:
         bias_token_ids=draw(packed),
         biases=draw(packed),
         allowed_token_ids=draw(packed),
+        allowed_mask=draw(st.one_of(st.just(b""), st.binary(min_size=24, max_size=26))),
         bad_words=draw(st.lists(packed, max_size=2)),
     )
     new = [

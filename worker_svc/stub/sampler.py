@@ -23,9 +23,6 @@ class Sampler:
     def __init__(self) -> None:
         self._of_slot: dict[int, _SlotTokens] = {}
 
-    def forget(self) -> None:
-        self._of_slot.clear()
-
     def choose(self, batch: InputBatch, digests: UInt64Array, vocab_size: int) -> Int32Array:
         """[S] digests of whole histories -> [S] tokens."""
         for new in batch.histories:

@@ -114,14 +114,21 @@ def _parameter_word(sampling: plan_pb2.Sampling, prompt: Int32Array, output: Int
         sampling.presence_penalty,
         sampling.frequency_penalty,
     )
-    biases = bias_word(unpack_int32(sampling.bias_token_ids), unpack_float32(sampling.biases))
-    return biases ^ penalty_word(repetition, presence, frequency, prompt, output)
+    ids, biases = unpack_int32(sampling.bias_token_ids), unpack_float32(sampling.biases)
+    never = [word for word in map(unpack_int32, sampling.bad_words) if len(word) == 1]
+    if len(output) < sampling.min_tokens:
+        never.append(unpack_int32(sampling.suppressed_token_ids))
+    counts = ~np.isin(ids, np.concatenate(never) if never else [])  # a bias of what is never sampled does nothing
+    return bias_word(ids[counts], biases[counts]) ^ penalty_word(repetition, presence, frequency, prompt, output)
 
 
 def _allowed(sampling: plan_pb2.Sampling, output: Int32Array, vocab_size: int) -> BoolArray:
     """[vocab_size], whether a token may follow ``output``."""
-    may_be: BoolArray = np.full(vocab_size, not sampling.allowed_token_ids)
+    may_be: BoolArray = np.full(vocab_size, not (sampling.allowed_token_ids or sampling.allowed_mask))
     may_be[unpack_int32(sampling.allowed_token_ids)] = True
+    if sampling.allowed_mask:
+        mask = np.frombuffer(sampling.allowed_mask, dtype=np.uint8)
+        may_be = np.unpackbits(mask, count=vocab_size, bitorder="little").view(np.bool_)
     if len(output) < sampling.min_tokens:
         may_be[unpack_int32(sampling.suppressed_token_ids)] = False
     forbid_bad_words(may_be, [unpack_int32(word) for word in sampling.bad_words], output)

@@ -11,6 +11,7 @@ import pytest
 from grpc import aio
 from smg_grpc_proto import vllm_engine_pb2
 
+from albireo.limits import MAX_LOGPROBS
 from albireo.rpc import CHANNEL_OPTIONS
 from albireo.v1 import frontend_pb2, generation_pb2_grpc
 from albireo.v1.generation_pb2 import FINISH_REASON_LENGTH, AbortRequest, GenerateRequest, SamplingParams, TokenIds
@@ -122,6 +123,18 @@ async def test_an_answer_in_full_is_bounded_too(world: Any, ids: Ids) -> None:
     error = await failure(call)
     assert (error.code(), error.details()) == (EXHAUSTED, "the answer in full takes more than 1 KiB: stream it")
     assert await world.planner.cancels.get() == submit.sequence_id
+
+
+async def test_an_answer_in_full_has_room_for_2048_tokens_with_all_logprobs(world: Any, ids: Ids) -> None:
+    sampling = vllm_engine_pb2.SamplingParams(logprobs=MAX_LOGPROBS)
+    call = world.vllm.Generate(vllm_engine_pb2.GenerateRequest(text="a", sampling_params=sampling))
+    sequence_id = (await world.planner.submits.get()).sequence_id
+    await world.planner.send_logprobs(sequence_id, ids("a") * 2048, MAX_LOGPROBS)
+    end = frontend_pb2.Ended(sequence_id=sequence_id, reason=FINISH_REASON_LENGTH, num_output_tokens=2048)
+    await world.planner.send(ended=(end,))
+    (response,) = [response async for response in call]
+    tops = response.complete.output_logprobs.top_logprobs
+    assert (len(tops), {len(top.values) for top in tops}) == (2048, {MAX_LOGPROBS})
 
 
 @pytest.mark.parametrize("flags", [{"max_backlog_kib": 1}])

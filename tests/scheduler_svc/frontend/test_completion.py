@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2, generation_pb2
 from scheduler_svc.frontend.completion import Completion, Delta
 from scheduler_svc.frontend.logprobs import TokenLogprobs
@@ -132,8 +134,20 @@ def test_without_text_nothing_is_detokenised(ids: Ids) -> None:
     assert (delta.text, delta.token_ids) == ("", ids("Hello", "<|eos|>"))
 
 
-def of(*logprobs: float) -> list[TokenLogprobs]:
-    return [TokenLogprobs(each, 1, []) for each in logprobs]
+def of(*logprobs: float, num_top: int = 0) -> Logprobs:
+    num = len(logprobs)
+    return Logprobs(
+        np.arange(num, dtype=np.int32),
+        np.array(logprobs, dtype=np.float32),
+        np.ones(num, dtype=np.int32),
+        np.full(num, num_top, dtype=np.int32),
+        np.tile(np.arange(num_top, dtype=np.int32), num),
+        np.tile(-np.arange(num_top, dtype=np.float32), num),
+    )
+
+
+def taken(*logprobs: float, num_top: int = 0) -> list[TokenLogprobs]:
+    return [TokenLogprobs(each, 1, [(i, -i) for i in range(num_top)]) for each in logprobs]
 
 
 def test_logprobs_come_with_their_tokens(open_completion: Callable[..., Completion], ids: Ids) -> None:
@@ -141,11 +155,11 @@ def test_logprobs_come_with_their_tokens(open_completion: Callable[..., Completi
     completion = open_completion()
     completion.receive(ids("Hello"), of(-1))
     completion.receive(ids(" world", "cab"), of(-2, -3))
-    assert completion.take().logprobs == of(-1, -2)
+    assert completion.take().logprobs == taken(-1, -2)
     completion.receive(ids("a", "<|eos|>"), of(-4, -5))
     completion.end(ended(STOP, matched_token_id=ids("<|eos|>")[0], num_output_tokens=5))
     delta = completion.take()
-    assert (delta.token_ids, delta.logprobs) == (ids("cab", "a", "<|eos|>"), of(-3, -4, -5))
+    assert (delta.token_ids, delta.logprobs) == (ids("cab", "a", "<|eos|>"), taken(-3, -4, -5))
 
 
 def test_a_stop_token_that_is_not_wanted_takes_its_logprobs_with_it(
@@ -154,7 +168,7 @@ def test_a_stop_token_that_is_not_wanted_takes_its_logprobs_with_it(
     completion = open_completion(wants_end_token=False)
     completion.receive(ids("a", "<|eos|>"), of(-1, -2))
     completion.end(ended(STOP, matched_token_id=ids("<|eos|>")[0], num_output_tokens=2))
-    assert completion.take().logprobs == of(-1)
+    assert completion.take().logprobs == taken(-1)
 
 
 def test_a_stop_string_cuts_logprobs_where_it_cuts_tokens(open_completion: Callable[..., Completion], ids: Ids) -> None:
@@ -162,16 +176,30 @@ def test_a_stop_string_cuts_logprobs_where_it_cuts_tokens(open_completion: Calla
     completion.receive(ids("Hello"), of(-1))
     assert completion.receive(ids(" world", "a", "b"), of(-2, -3, -4)) == 2
     delta = completion.take()
-    assert (delta.token_ids, delta.logprobs) == (ids("Hello", " world"), of(-1, -2))
+    assert (delta.token_ids, delta.logprobs) == (ids("Hello", " world"), taken(-1, -2))
 
 
 def test_what_waits_counts_logprobs(open_completion: Callable[..., Completion], ids: Ids) -> None:
-    """They take more memory than their tokens."""
+    """They take more memory than their tokens, but are arrays until they are taken."""
     completion = open_completion()
-    completion.receive(ids("a"), [TokenLogprobs(-1, 1, [(5, -1.0)] * 20)])
-    assert completion.num_waiting_bytes > 2000
+    completion.receive(ids("a"))
+    num_bytes = completion.num_waiting_bytes
     completion.take()
+    completion.receive(ids("a"), of(-1, num_top=20))
+    assert completion.num_waiting_bytes == num_bytes + 4 * (3 + 2 * 20)
+    assert completion.take().logprobs == taken(-1, num_top=20)
     assert completion.num_waiting_bytes == 0
+
+
+def test_logprobs_that_were_not_taken_keep_their_likeliest(
+    open_completion: Callable[..., Completion], ids: Ids
+) -> None:
+    """The first delta ends before a token whose verdict is still to come."""
+    completion = open_completion()
+    completion.receive(ids("Hello", "cab"), of(-1, -2, num_top=3))
+    assert completion.take().logprobs == taken(-1, num_top=3)
+    completion.receive(ids("a"), of(-3, num_top=1))
+    assert completion.take().logprobs == [*taken(-2, num_top=3), *taken(-3, num_top=1)]
 
 
 def test_logprobs_of_another_number_of_tokens_are_a_bug(open_completion: Callable[..., Completion], ids: Ids) -> None:

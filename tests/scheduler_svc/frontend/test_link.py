@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from albireo.arrays import pack_uint64, unpack_int32
+from albireo.arrays import pack_int32, pack_uint64, unpack_int32
 from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.rpc import make_server
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, plan_pb2
 from scheduler_svc.frontend.link import PlannerLink
+from scheduler_svc.frontend.messages import MAX_SUBMITS_BYTES
 
 
 class Inbox:
@@ -26,7 +27,7 @@ class Inbox:
         assert not self.batches
         self.starts.append(num_cached_tokens)
 
-    def receive(self, token_ids: list[int], now: float, logprobs: list[Any]) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: Any) -> None:
         self.batches.append(token_ids)
 
     def end(self, ended: frontend_pb2.Ended) -> None:
@@ -37,7 +38,7 @@ class Inbox:
 
 
 class BrokenInbox(Inbox):
-    def receive(self, token_ids: list[int], now: float, logprobs: list[Any]) -> None:
+    def receive(self, token_ids: list[int], now: float, logprobs: Any) -> None:
         raise RuntimeError("a bug")
 
 
@@ -346,13 +347,33 @@ async def test_what_is_submitted_again_and_again_lost_stays_resumed(link: Any) -
         assert [submit.is_resumed for message in link._outbox for submit in message.submits] == [True]
 
 
-async def test_submits_with_large_lists_of_allowed_ids_travel_one_by_one() -> None:
-    """A few requests of many completions must not make a message that is too large to send."""
+async def test_submits_fill_messages_of_a_bounded_size() -> None:
+    """A few requests of many completions must not make a message that is too large to send, whatever is large."""
     link = PlannerLink("unix:/nowhere", "f")
     link._is_open = True
-    large = plan_pb2.Sampling(allowed_token_ids=bytes(600_000))
-    for sampling in (plan_pb2.Sampling(), large, large, plan_pb2.Sampling(), plan_pb2.Sampling()):
-        link.submit(frontend_pb2.Submit(sampling=sampling), Inbox())
+    small, large = frontend_pb2.Submit(), frontend_pb2.Submit(token_ids=bytes(MAX_SUBMITS_BYTES - 1000))
+    words = frontend_pb2.Submit(sampling=plan_pb2.Sampling(bad_words=[bytes(256)] * 512))
+    for submit in (small, large, large, small, words, *[small] * 3):
+        link.submit(submit, Inbox())
     submits = [[submit.sequence_id for submit in message.submits] for message in link._outbox]
-    assert submits == [[1, 2], [3], [4, 5]]
+    assert submits == [[1, 2], [3, 4], [5, 6, 7, 8]]
+    assert max(message.ByteSize() for message in link._outbox) <= MAX_SUBMITS_BYTES + 100
+    link._resubmit()
+    link.submit(large, Inbox())
+    assert [submit.sequence_id for submit in link._outbox[-1].submits] == [9]
     await link.close()
+
+
+async def test_sequences_of_one_submit_share_it_and_go_on_with_their_own_seeds(link: Any) -> None:
+    """However many there are, prompt and allowed ids are held once."""
+    submit = frontend_pb2.Submit(token_ids=pack_int32([1, 2]), sampling=plan_pb2.Sampling(allowed_mask=b"\x05"))
+    for seed in (7, 8, 9):
+        submit.sampling.seed = seed
+        link.submit(submit, Inbox())
+    assert all(sequence._submit is submit for sequence in link._sequences.values())
+    link._outbox.clear()  # as when it was written
+    link._resubmit()
+    (message,) = link._outbox
+    assert [(one.sequence_id, one.sampling.seed) for one in message.submits] == [(1, 7), (2, 8), (3, 9)]
+    for one in message.submits:
+        assert (one.token_ids, one.sampling.allowed_mask, one.is_resumed) == (submit.token_ids, b"\x05", True)

@@ -11,7 +11,7 @@ from albireo import logprobs
 from albireo.arrays import pack_int32, pack_uint64
 from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2
-from scheduler_svc.frontend.logprobs import TokenLogprobs
+from scheduler_svc.frontend.logprobs import TokenLogprobs, WaitingLogprobs
 from scheduler_svc.frontend.messages import group_tokens, in_messages, logprobs_in, started_in, tokens_in
 
 
@@ -72,18 +72,27 @@ def test_resubmission_is_packed_into_messages_of_a_bounded_size() -> None:
 def test_logprobs_are_grouped_by_sequence_like_their_tokens() -> None:
     """Sequence 7 has them, with as many of the likeliest as each token brings; sequence 3 has none."""
     four = Logprobs(
-        indices=np.array([0, 2, 3], dtype=np.int32),
-        logprobs=np.array([-0.5, -1.0, -2.0], dtype=np.float32),
-        ranks=np.array([1, 2, 3], dtype=np.int32),
-        num_top=np.array([2, 0, 1], dtype=np.int32),
-        top_token_ids=np.array([5, 6, 8], dtype=np.int32),
-        top_logprobs=np.array([-0.5, -0.75, -0.25], dtype=np.float32),
+        indices=np.array([0, 2, 3, 4], dtype=np.int32),
+        logprobs=np.array([-0.5, -2.0, -1.0, -3.0], dtype=np.float32),
+        ranks=np.array([1, 3, 2, 4], dtype=np.int32),
+        num_top=np.array([2, 1, 0, 1], dtype=np.int32),
+        top_token_ids=np.array([5, 6, 8, 9], dtype=np.int32),
+        top_logprobs=np.array([-0.5, -0.75, -0.25, -0.5], dtype=np.float32),
     )
     message = frontend_pb2.PlannerMessage(
-        token_sequence_ids=pack_uint64([7, 3, 7, 9]), token_ids=pack_int32([1, 2, 3, 4]), logprobs=logprobs.encode(four)
+        token_sequence_ids=pack_uint64([7, 3, 9, 7, 7]), token_ids=pack_int32(range(5)), logprobs=logprobs.encode(four)
     )
-    assert logprobs_in(message) == {
-        7: [TokenLogprobs(-0.5, 1, [(5, -0.5), (6, -0.75)]), TokenLogprobs(-1.0, 2, [])],
+    taken = {}
+    for sequence_id, of_sequence in logprobs_in(message).items():
+        waiting = WaitingLogprobs()
+        waiting.add(of_sequence)
+        taken[sequence_id] = waiting.take(5)
+    assert taken == {
+        7: [
+            TokenLogprobs(-0.5, 1, [(5, -0.5), (6, -0.75)]),
+            TokenLogprobs(-1.0, 2, []),
+            TokenLogprobs(-3.0, 4, [(9, -0.5)]),
+        ],
         9: [TokenLogprobs(-2.0, 3, [(8, -0.25)])],
     }
 

@@ -1,6 +1,7 @@
 """What is refused, and what absent fields become. Rules of the shared validator; the APIs' own are in their tests."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,17 @@ def test_biases_are_clamped_and_in_the_order_of_their_ids() -> None:
 
 def test_allowed_ids_count_once_and_all_of_them_are_no_limit() -> None:
     assert validated(allowed_token_ids=[9, 3, 9]).logits.allowed_token_ids.tolist() == [3, 9]
-    assert validated(allowed_token_ids=range(100)).logits.allowed_token_ids.tolist() == []
+    every = validated(allowed_token_ids=range(100)).logits
+    assert (every.allowed_token_ids.tolist(), every.allowed_mask) == ([], b"")
+
+
+@pytest.mark.parametrize("allowed", [range(3), range(4), [99, 3, 8, 3, 50], range(1, 100)])
+def test_many_allowed_ids_are_a_mask(allowed: Sequence[int]) -> None:
+    """Where that is the shorter one: 3 ids have 12 bytes, the mask has 13."""
+    given = validated(allowed_token_ids=allowed).logits
+    bits = np.unpackbits(np.frombuffer(given.allowed_mask, dtype=np.uint8), bitorder="little")
+    assert len(bits) == (0 if len(allowed) < 4 else 104)
+    assert sorted([*given.allowed_token_ids.tolist(), *np.flatnonzero(bits).tolist()]) == sorted(set(allowed))
 
 
 @pytest.mark.parametrize(

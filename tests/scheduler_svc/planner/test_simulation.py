@@ -13,7 +13,7 @@ from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import apply_message
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.policy import plan_step
-from simulation import EOS, Simulation, any_sampling
+from simulation import EOS, Simulation, any_sampling, pack_mask
 
 VOCAB_SIZE = 53
 COMMON = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]  # what many prompts begin with
@@ -334,6 +334,10 @@ def test_the_truth_machine_sees_a_wrong_count():
         ("biases", {"bias_token_ids": pack_int32([5, 5]), "biases": pack_float32([1, 1])}),
         ("biases", {"bias_token_ids": pack_int32([5]), "biases": pack_float32([float("inf")])}),
         ("allowed_token_ids", {"allowed_token_ids": pack_int32([3] * 54)}),
+        ("allowed_mask", {"allowed_mask": b"\1" * 6}),
+        ("allowed_mask", {"allowed_mask": b"\1" * 8}),
+        ("allowed_mask", {"allowed_mask": b"\1" * 6 + b"\x20"}),  # token 53
+        ("allowed_mask", {"allowed_mask": b"\1" * 7, "allowed_token_ids": pack_int32([3])}),
         ("bad_words", {"bad_words": [b""]}),
         ("bad_words", {"bad_words": [pack_int32([1])] * 513}),
         ("num_logprobs", {"num_logprobs": 21}),
@@ -348,6 +352,62 @@ def test_what_no_front_end_sends_is_refused_and_plans_stay_bounded(name, samplin
     arrived = apply_message(simulation.state, 0, message, 0, now_ns=0, rates=simulation.rates)
     ((_, refused),) = arrived.refused
     assert name in str(refused)
+
+
+NINE = pack_int32([9])
+ONLY_9 = pack_mask([9], 53)
+
+
+@pytest.mark.parametrize(
+    ("names", "sampling"),
+    [
+        ("allowed_token_ids and bad_words of one token", {"allowed_token_ids": NINE, "bad_words": [NINE]}),
+        ("allowed_token_ids and bad_words of one token", {"allowed_mask": ONLY_9, "bad_words": [NINE]}),
+        ("allowed_token_ids and stop_token_ids below min_tokens", {"allowed_mask": ONLY_9, "min_tokens": 1}),
+        ("bad_words of one token", {"bad_words": [pack_int32([token]) for token in range(53)]}),
+        (
+            "bad_words of one token and stop_token_ids below min_tokens",
+            {"bad_words": [pack_int32([token]) for token in range(53) if token not in (9, EOS)], "min_tokens": 1},
+        ),
+        ("allowed_token_ids", {"allowed_mask": bytes(7)}),
+    ],
+)
+def test_parameters_that_leave_no_token_are_refused_by_name(names, sampling):
+    """Token 9 is a stop id; one token is always enough."""
+    simulation = Simulation()
+
+    def refused(**changed: object) -> list[str]:
+        given = plan_pb2.Sampling(**{"top_p": 1, **sampling, **changed})
+        submit = frontend_pb2.Submit(
+            sequence_id=simulation.num_arrivals, token_ids=NINE, max_tokens=3, sampling=given, stop_token_ids=NINE
+        )
+        message = frontend_pb2.FrontendMessage(submits=[submit])
+        arrived = apply_message(simulation.state, 0, message, simulation.num_arrivals, now_ns=0, rates=simulation.rates)
+        simulation.num_arrivals += 1
+        return [str(one) for _, one in arrived.refused]
+
+    assert refused() == [f"{names} leave no token to sample"]
+    if "allowed_token_ids" in sampling:
+        assert not refused(allowed_token_ids=pack_int32([8, 9]))
+    elif any(sampling.get("allowed_mask", b"")):
+        assert not refused(allowed_mask=pack_mask([9, 52], 53))
+    if "bad_words" in sampling:
+        assert not refused(bad_words=[*sampling["bad_words"][1:], pack_int32([9, 9])])
+    if "min_tokens" in sampling:
+        assert not refused(min_tokens=0)
+
+
+def test_a_mask_means_what_its_ids_mean():
+    """To planner, ranks and truth."""
+    allowed = [2, 3, 17, 40, 52]
+    outputs = []
+    for told in ({"allowed_token_ids": pack_int32(allowed)}, {"allowed_mask": pack_mask(allowed, 53)}):
+        simulation = Simulation(tp_size=2)
+        key = simulation.submit([1, 2, 3], 20, ignore_eos=True, **told)
+        simulation.finish()
+        outputs.append(simulation.expected[key].got)
+    assert outputs[0] == outputs[1]
+    assert set(outputs[0]) <= set(allowed)
 
 
 def test_sampling_parameters_reach_the_plan_as_they_were_sent():

@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, Formatter, LogLocator, NullFormatter, StrMethodFormatter
 
 from albireo.errors import ConfigError
 from albireo_kernels.bench.sampling.payload import SAMPLINGS
@@ -45,8 +46,9 @@ def picture(report: Mapping[str, Any]) -> Figure:
         "bytes_per_rank",
         [row for row in rows if row["tp"] > 1],
         degrees,
+        EngFormatter(unit="B", sep=" "),
     )
-    _draw(times, "time, ms", "time_ms", rows, degrees)
+    _draw(times, "time, ms", "time_ms", rows, degrees, StrMethodFormatter("{x:g}"))
     machine, sampling = report["machine"], SAMPLINGS[SHOWN]
     figure.suptitle(
         f"Sampling of {batch} rows of {report['vocab']} logits, top-k {sampling.top_k}, top-p {sampling.top_p}\n"
@@ -57,7 +59,9 @@ def picture(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, title: str, name: str, rows: Sequence[Mapping[str, Any]], degrees: Sequence[int]) -> None:
+def _draw(
+    axes: Axes, title: str, name: str, rows: Sequence[Mapping[str, Any]], degrees: Sequence[int], numbers: Formatter
+) -> None:
     """Degrees double from tick to tick, so they stand at equal distances. Bytes are exact whatever the source."""
     for scheme in SCHEMES:
         of = sorted((row for row in rows if row["scheme"] == scheme), key=lambda row: int(row["tp"]))
@@ -68,6 +72,9 @@ def _draw(axes: Axes, title: str, name: str, rows: Sequence[Mapping[str, Any]], 
             fill = "white" if is_hollow else _COLOURS[scheme]
             axes.plot(x, row[name], _MARKERS[scheme], color=_COLOURS[scheme], markerfacecolor=fill, markersize=5)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if name == "time_ms" else (1,)))
+    axes.yaxis.set_major_formatter(numbers)
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel("TP degree", fontsize=8)
     axes.set_xticks(range(len(degrees)), [str(degree) for degree in degrees], fontsize=8)
