@@ -25,9 +25,10 @@ $(READY): pyproject.toml
 serve: $(READY)  ## serve MODEL (demo) on 127.0.0.1:50051 and show a first completion; ARGS="--tp 2 ..."
 	$(BIN)/albireo serve $(MODEL) --first-prompt "def read_lines(path):" $(ARGS)
 
-test: $(READY)  ## all tests that need no GPU and no patience; those of whole servers by themselves, as they mind the time
-	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/e2e $(ARGS)
-	$(BIN)/python -m pytest tests/e2e $(ARGS)
+ANY := not soak and not gpu
+test: $(READY)  ## all tests that need no GPU and no patience: most two at a time, then those that mind the time
+	$(BIN)/python -m pytest -m "$(ANY) and not e2e and not alone" --numprocesses 2 $(ARGS)
+	$(BIN)/python -m pytest -m "$(ANY) and (e2e or alone)" $(ARGS)
 
 soak: $(READY)  ## the long tests and comparisons
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)

@@ -20,6 +20,8 @@ from albireo import supervise as supervise_module
 from albireo.child import Child, Roll, python_module
 from albireo.supervise import MAX_FAILURES, supervise
 
+pytestmark = pytest.mark.alone
+
 # A supervisor as a process of its own: children given as (name, code, further fields), logs in a directory, constants.
 _SUPERVISOR = """
 import asyncio, json, sys

@@ -29,8 +29,9 @@ class RecordingCpuEngine(CpuEngine):
     def launch(self, batch: InputBatch) -> CpuStep:
         assert self._programs is not None
         assert self._group is not None
-        self._device.run(self._forward, step_data(batch, self._last_tokens))
+        step = step_data(batch, self._sampling.of_step(batch), self._last_tokens)
+        self._device.run(self._forward, step)
         self.recorded.append(self._group.sampling.logits[: len(batch.sample_rows)].copy())
-        sampling = step_data(batch, self._last_tokens)
+        sampling = step_data(batch, self._sampling.of_step(batch), self._last_tokens)
         self._device.submit(Program(), self._programs.sample, sampling)
         return CpuStep(self._device, sampling)

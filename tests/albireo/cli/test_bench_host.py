@@ -22,6 +22,8 @@ from albireo.errors import GroupError
 from albireo.exposure import Page
 from albireo.ledger import PLANNER_COLUMNS, RANK_COLUMNS
 
+pytestmark = pytest.mark.alone
+
 NUM_STEPS = 100
 BEGIN_NS = 10**12
 PERIOD_NS = 10_000_000
