@@ -27,8 +27,8 @@ serve: $(READY)  ## serve MODEL (demo) on 127.0.0.1:50051 and show a first compl
 
 ANY := not soak and not gpu
 test: $(READY)  ## all tests that need no GPU and no patience: most two at a time, then those that mind the time
-	$(BIN)/python -m pytest -m "$(ANY) and not e2e and not alone" --numprocesses 2 $(ARGS)
-	$(BIN)/python -m pytest -m "$(ANY) and (e2e or alone)" $(ARGS)
+	$(BIN)/python -m pytest -m "$(ANY) and not alone" --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "$(ANY) and alone" $(ARGS)
 
 soak: $(READY)  ## the long tests and comparisons
 	$(BIN)/python -m pytest -m soak --timeout 7200 $(ARGS)

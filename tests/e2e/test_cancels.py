@@ -11,7 +11,7 @@ from albireo.v1 import generation_pb2_grpc as rpc
 from load import EMPTY, Answer, CasePool, Load, run_case, wait_for_metrics
 from services import fixed_ports, scheduler_service, worker_group
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 NUM_STREAMS = 256
 NUM_CHANNELS = 16

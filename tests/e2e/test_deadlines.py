@@ -31,7 +31,7 @@ from load import (
 )
 from services import fixed_ports, read_metrics, scheduler, worker_group
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 STEP_S = 0.01
 MAX_NUM_SEQS = 2

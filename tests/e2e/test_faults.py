@@ -29,7 +29,7 @@ from load import EMPTY, CasePool, Load, wait_for_metrics, wait_until, write_repo
 from plan_proxy import PlanProxy
 from services import Service, fixed_ports, read_metrics, scheduler_service, worker_service
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 NUM_STREAMS = 24
 NUM_FRONTENDS = 2

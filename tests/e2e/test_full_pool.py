@@ -11,7 +11,7 @@ import pytest
 from load import EMPTY, Case, CasePool, Load, fixed_case, random_tokens, wait_for_metrics, write_report
 from services import fixed_ports, read_metrics, scheduler, worker_group
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 NUM_BLOCKS = 560
 NUM_STREAMS = 64

@@ -16,7 +16,7 @@ from albireo.v1 import generation_pb2_grpc as rpc
 from load import random_case
 from services import scheduler_service, worker_service
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 # The notes of every engine's users ask for 5 s; the rest is for a machine that is busy with other tests.
 NOTICED_WITHIN_S = 6.0

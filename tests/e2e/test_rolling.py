@@ -8,7 +8,7 @@ import pytest
 from load import EMPTY, CasePool, Load, wait_for_metrics, wait_until, write_report
 from services import Service, fixed_ports, scheduler_service, worker_group
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.alone]
 
 NUM_RESTARTS = 2
 # A front end drains for half of it at least, until its clients' connections have all been replaced; the longest stream
