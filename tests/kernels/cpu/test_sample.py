@@ -178,7 +178,7 @@ requests_strategy = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     vocab_size=vocab_sizes,
     kind=st.sampled_from(KINDS),

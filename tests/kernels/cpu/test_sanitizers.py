@@ -29,7 +29,7 @@ def emulated(isa: Isa) -> bool:
     return detect_isa() < isa
 
 
-@pytest.mark.parametrize("isa", [Isa.AVX2, Isa.AMX])
+@pytest.mark.parametrize("isa", [Isa.AVX2, pytest.param(Isa.AMX, marks=pytest.mark.soak)])
 def test_addresses_and_behaviour_are_defined(tmp_path: Path, isa: Isa) -> None:
     run_driver(tmp_path, isa, emulated(isa), "address")
 
