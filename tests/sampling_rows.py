@@ -151,6 +151,10 @@ def random_logits(generator: np.random.Generator, num_rows: int, vocab_size: int
         logits = np.where(logits > 8, 1, np.copysign(0, logits))
     elif kind == "few":
         logits[generator.random(logits.shape) < 0.97] = -np.inf
+    elif kind == "ascending":
+        logits.sort(axis=1)
+    elif kind == "one chunk":
+        logits[:, :64] += 50
     elif kind == "peaked":
         logits *= 10
     elif kind == "broken":

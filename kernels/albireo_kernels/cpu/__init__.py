@@ -7,20 +7,7 @@ here imports torch.
 from albireo_kernels.cpu.buffers import KvBlocks, Matrix, Rows, address, allocate
 from albireo_kernels.cpu.build import Isa, NoCompilerError, detect_isa, library_path
 from albireo_kernels.cpu.device import UNPINNED, Device, GroupMemory
-from albireo_kernels.cpu.library import (
-    BLOCK,
-    CANDIDATES,
-    MAX_TOP,
-    NUM_RECENT,
-    PANEL,
-    TOKEN_LOGPROBS,
-    Dtype,
-    Epilogue,
-    Extent,
-    Library,
-    Status,
-    load_library,
-)
+from albireo_kernels.cpu.library import Library, load_library
 from albireo_kernels.cpu.program import (
     MAX_GROUP,
     MAX_HEAD_DIM,
@@ -37,6 +24,18 @@ from albireo_kernels.cpu.program import (
 from albireo_kernels.cpu.sampling import Edits, Histories, Logprobs, Sampling, SlotTokens
 from albireo_kernels.cpu.sampling_ops import SCHEMES, RankSampling, SharedSampling, sampling_ops
 from albireo_kernels.cpu.step import StepData, make_step
+from albireo_kernels.cpu.structs import (
+    BLOCK,
+    CANDIDATES,
+    MAX_TOP,
+    NUM_RECENT,
+    PANEL,
+    TOKEN_LOGPROBS,
+    Dtype,
+    Epilogue,
+    Extent,
+    Status,
+)
 
 __all__ = [
     "BLOCK",

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from albireo.arrays import Float32Array
-from albireo_kernels.cpu.library import BLOCK, PANEL, Dtype, Library, MatrixStruct, RowsStruct
+from albireo_kernels.cpu.library import Library
+from albireo_kernels.cpu.structs import BLOCK, PANEL, Dtype, MatrixStruct, RowsStruct
 
 AnyArray = npt.NDArray[Any]
 Bytes = npt.NDArray[np.uint8]

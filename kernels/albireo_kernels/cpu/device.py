@@ -11,9 +11,10 @@ import numpy as np
 
 from albireo.errors import AlbireoError, GroupError
 from albireo_kernels.cpu.buffers import Bytes, address
-from albireo_kernels.cpu.library import Library, Status
+from albireo_kernels.cpu.library import Library
 from albireo_kernels.cpu.program import Program
 from albireo_kernels.cpu.step import StepData
+from albireo_kernels.cpu.structs import Status
 
 UNPINNED = -1  # a core that pins nothing
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from albireo.arrays import Float32Array
 from albireo_kernels.cpu.buffers import AnyArray, KvBlocks, Matrix, Rows, address
-from albireo_kernels.cpu.library import (
+from albireo_kernels.cpu.structs import (
     MAX_RANKS,
     PANEL,
     AddNormStruct,

@@ -9,7 +9,7 @@ import numpy as np
 
 from albireo.arrays import BoolArray, Float32Array, Int32Array, Int64Array, UInt64Array
 from albireo_kernels.cpu.buffers import AnyArray, address, allocate
-from albireo_kernels.cpu.library import (
+from albireo_kernels.cpu.structs import (
     MAX_TOP,
     NUM_RECENT,
     EditsStruct,

@@ -9,7 +9,9 @@ import numpy.typing as npt
 
 from albireo.arrays import Float32Array, Int32Array
 from albireo_kernels.cpu.buffers import AnyArray, Bytes, address, allocate
-from albireo_kernels.cpu.library import (
+from albireo_kernels.cpu.program import Op
+from albireo_kernels.cpu.sampling import SlotTokens
+from albireo_kernels.cpu.structs import (
     CANDIDATES,
     MAX_RANKS,
     TOKEN_LOGPROBS,
@@ -25,8 +27,6 @@ from albireo_kernels.cpu.library import (
     ScratchStruct,
     SelectStruct,
 )
-from albireo_kernels.cpu.program import Op
-from albireo_kernels.cpu.sampling import SlotTokens
 
 SCHEMES = ("merge", "batch-sharded", "gather")
 

@@ -7,8 +7,8 @@ import numpy.typing as npt
 
 from albireo.arrays import Int32Array, Int64Array
 from albireo_kernels.cpu.buffers import AnyArray, address
-from albireo_kernels.cpu.library import Status, StepStruct
 from albireo_kernels.cpu.sampling import Logprobs, Sampling
+from albireo_kernels.cpu.structs import Status, StepStruct
 
 
 class StepData:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sampling_rows
 from albireo_kernels import reference
 from albireo_kernels.cpu import (
     MAX_TOP,
@@ -25,8 +25,8 @@ from albireo_kernels.cpu import (
     allocate,
     sampling_ops,
 )
-from albireo_kernels.reference.sampling import MIN_TEMPERATURE
 from cpu_kernels import DEVICES, Array, run, step_of, tensor
+from sampling_rows import Row, expected_token, margin_of
 
 # Where the oracle's own decision is as close as this, rounding may turn it.
 NARROW = 1e-5
@@ -44,15 +44,17 @@ class Request:
     suppressed: tuple[int, ...] = ()
 
     @property
-    def params(self) -> reference.Params:
-        return reference.Params(
-            temperature=float(np.float32(self.temperature)),
+    def row(self) -> Row:
+        biases = dict.fromkeys(self.suppressed, -np.inf)
+        params = reference.Params(
+            temperature=self.temperature,
             top_k=self.top_k,
-            top_p=float(np.float32(self.top_p)),
-            min_p=float(np.float32(self.min_p)),
+            top_p=self.top_p,
+            min_p=self.min_p,
             seed=self.seed,
-            biases=dict.fromkeys(self.suppressed, -np.inf),
+            biases=biases,
         )
+        return Row(params, self.position)
 
 
 def keys_of(requests: Sequence[Request]) -> tuple[Array, Array]:
@@ -124,45 +126,15 @@ def draw(library: Library, num_threads: int, logits: Array, requests: Sequence[R
     return list(step.tokens.tolist())
 
 
-def oracle(logits: Array, request: Request) -> tuple[int, float]:
-    """The token, and how much the decision could shift without another outcome."""
-    row, params = tensor(logits.copy()), request.params
-    token = reference.sample_row(row, params, request.position)
-    if params.temperature < MIN_TEMPERATURE or params.top_k == 1:
-        return token, np.inf
-    scaled = reference.edit(row, params) / params.temperature
-    ids = reference.survivors(scaled, params.top_k, params.top_p, params.min_p)
-    k0, k1 = (torch.from_numpy(key) for key in keys_of([request]))
-    scores = (scaled[ids] + reference.gumbel_noise(ids, k0, k1)[0]).double().topk(min(2, len(ids))).values
-    margin = float(scores[0] - scores[-1]) if len(ids) > 1 else np.inf
-    if params.top_p < 1:
-        weights = scaled[reference.survivors(scaled, params.top_k, 1.0, params.min_p)].double().softmax(dim=0)
-        margin = min(margin, float((weights.cumsum(dim=0) - weights - params.top_p).abs().min()))
-    return token, margin
-
-
 def assert_as_oracle(library: Library, num_threads: int, logits: Array, requests: Sequence[Request]) -> None:
     tokens = draw(library, num_threads, logits, requests)
-    for row, request in enumerate(requests):
-        expected, margin = oracle(logits[row], request)
-        assert tokens[row] == expected or margin < NARROW, request
+    for token, of_row, request in zip(tokens, logits, requests, strict=True):
+        is_expected = token == expected_token(tensor(of_row), request.row)
+        assert is_expected or margin_of(tensor(of_row), request.row) < NARROW, request
 
 
 def random_logits(rng: np.random.Generator, num_rows: int, vocab_size: int, kind: str) -> Array:
-    logits = rng.standard_normal((num_rows, vocab_size)) * 3
-    if kind == "ties":
-        logits = np.round(logits)
-    elif kind == "equal":
-        logits = np.zeros_like(logits)
-    elif kind == "signed zeros":
-        logits = np.where(logits > 8, 1, np.copysign(0, logits))
-    elif kind == "few":
-        logits[rng.random(logits.shape) < 0.97] = -np.inf
-    elif kind == "ascending":
-        logits.sort(axis=1)
-    elif kind == "one chunk":
-        logits[:, :64] += 50
-    return logits.astype(np.float32)
+    return sampling_rows.random_logits(rng, num_rows, vocab_size, kind).numpy()
 
 
 KINDS = ["normal", "ties", "equal", "signed zeros", "few", "ascending", "one chunk"]

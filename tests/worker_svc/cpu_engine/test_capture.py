@@ -19,7 +19,7 @@ from albireo_kernels.cpu import (
     SlotTokens,
     address,
 )
-from albireo_kernels.cpu.library import OpKind
+from albireo_kernels.cpu.structs import OpKind
 from checkpoints import make_checkpoint
 from worker_svc.cpu_engine.activations import Activations, make_activations
 from worker_svc.cpu_engine.capture import Model, Programs, capture

@@ -22,7 +22,7 @@ from albireo_kernels.bench.sampling.payload import SAMPLINGS, Shape, received_by
 from albireo_kernels.bench.sampling.ranks import Effort, Ranks
 from albireo_kernels.bench.sampling.report import ratios_of, table
 from albireo_kernels.cpu import SCHEMES, Isa, Library
-from albireo_kernels.cpu.library import MAX_RANKS
+from albireo_kernels.cpu.structs import MAX_RANKS
 
 if TYPE_CHECKING:
     from albireo_kernels.bench.sampling.in_torch import InTorch

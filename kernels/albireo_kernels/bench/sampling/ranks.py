@@ -43,8 +43,8 @@ from albireo_kernels.cpu import (
     gemm,
     sampling_ops,
 )
-from albireo_kernels.cpu.library import RowsOf
 from albireo_kernels.cpu.sampling_ops import exchange
+from albireo_kernels.cpu.structs import RowsOf
 
 NOT_DRAWN = -1
 

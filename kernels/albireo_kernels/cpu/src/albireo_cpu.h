@@ -12,7 +12,7 @@
  * which is what AMX tiles and AVX-512 dot products read, and what AVX2 widens with one shift and one mask. A block of the
  * KV cache is two such matrices per KV head: keys [32 outputs, head_dim inputs], values [head_dim outputs, 32 inputs].
  *
- * Every structure here has its mirror in ../library.py.
+ * Every structure here has its mirror in ../structs.py.
  */
 #ifndef ALBIREO_CPU_H
 #define ALBIREO_CPU_H
