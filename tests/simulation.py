@@ -271,7 +271,7 @@ class Simulation:
         self.expected[key].gone = True
 
     def abort(self, label: str) -> None:
-        for sequence in abort_labelled(self.state, {label}):
+        for sequence in abort_labelled(self.state, [frontend_pb2.Abort(request_id=label)]):
             self.expected[sequence.frontend, sequence.sequence_id].gone = True
 
     def lose_frontend(self, frontend: int) -> None:

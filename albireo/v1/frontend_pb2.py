@@ -26,7 +26,7 @@ from albireo.v1 import generation_pb2 as albireo_dot_v1_dot_generation__pb2
 from albireo.v1 import plan_pb2 as albireo_dot_v1_dot_plan__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61lbireo/v1/frontend.proto\x12\nalbireo.v1\x1a\x1b\x61lbireo/v1/generation.proto\x1a\x15\x61lbireo/v1/plan.proto\"\xbf\x01\n\x0f\x46rontendMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.albireo.v1.Hello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.albireo.v1.Submit\x12\'\n\ttruncates\x18\x03 \x03(\x0b\x32\x14.albireo.v1.Truncate\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12\x14\n\x0c\x61\x62ort_labels\x18\x05 \x03(\t\x12\x15\n\rflushes_cache\x18\x06 \x01(\x08\"\x15\n\x05Hello\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xac\x02\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.albireo.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\x06 \x01(\x0c\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x12\n\nis_resumed\x18\n \x01(\x08\x12\x18\n\x10output_token_ids\x18\x0b \x01(\x0c\x12\x13\n\x0bremaining_s\x18\x0c \x01(\x01\x12\x19\n\x11min_output_tokens\x18\r \x01(\r\"1\n\x08Truncate\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08num_kept\x18\x02 \x01(\r\"\x90\x02\n\x0ePlannerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.albireo.v1.Welcome\x12\x1a\n\x12token_sequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12 \n\x05\x65nded\x18\x04 \x03(\x0b\x32\x11.albireo.v1.Ended\x12\x1e\n\x04load\x18\x05 \x01(\x0b\x32\x10.albireo.v1.Load\x12\x1c\n\x14started_sequence_ids\x18\x06 \x01(\x0c\x12!\n\x19started_num_cached_tokens\x18\x07 \x01(\x0c\x12&\n\x08logprobs\x18\x08 \x01(\x0b\x32\x14.albireo.v1.Logprobs\"/\n\x07Welcome\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.albireo.v1.GroupInfo\"\xe1\x01\n\x05\x45nded\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.albireo.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.albireo.v1.Timings\x12$\n\x07refusal\x18\x06 \x01(\x0b\x32\x13.albireo.v1.RefusalB\x13\n\x11_matched_token_id\"?\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"]\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x03 \x01(\r\x12\x12\n\nis_serving\x18\x04 \x01(\x08\x32P\n\x07Planner\x12\x45\n\x06\x41ttach\x12\x1b.albireo.v1.FrontendMessage\x1a\x1a.albireo.v1.PlannerMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x61lbireo/v1/frontend.proto\x12\nalbireo.v1\x1a\x1b\x61lbireo/v1/generation.proto\x1a\x15\x61lbireo/v1/plan.proto\"\xfa\x01\n\x0f\x46rontendMessage\x12 \n\x05hello\x18\x01 \x01(\x0b\x32\x11.albireo.v1.Hello\x12#\n\x07submits\x18\x02 \x03(\x0b\x32\x12.albireo.v1.Submit\x12\'\n\ttruncates\x18\x03 \x03(\x0b\x32\x14.albireo.v1.Truncate\x12\x0f\n\x07\x63\x61ncels\x18\x04 \x03(\x04\x12!\n\x06\x61\x62orts\x18\x05 \x03(\x0b\x32\x11.albireo.v1.Abort\x12\x15\n\rflushes_cache\x18\x06 \x01(\x08\x12\x1a\n\rfollows_cache\x18\x07 \x01(\x08H\x00\x88\x01\x01\x42\x10\n\x0e_follows_cache\";\n\x05\x41\x62ort\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x13\n\x06tenant\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\t\n\x07_tenant\"\x15\n\x05Hello\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x97\x03\n\x06Submit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x04 \x01(\r\x12&\n\x08sampling\x18\x05 \x01(\x0b\x32\x14.albireo.v1.Sampling\x12\x16\n\x0estop_token_ids\x18\x06 \x01(\x0c\x12\x12\n\nignore_eos\x18\x07 \x01(\x08\x12\x10\n\x08priority\x18\x08 \x01(\x05\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x12\n\nis_resumed\x18\n \x01(\x08\x12\x18\n\x10output_token_ids\x18\x0b \x01(\x0c\x12\x13\n\x0bremaining_s\x18\x0c \x01(\x01\x12\x19\n\x11min_output_tokens\x18\r \x01(\r\x12 \n\x13num_prompt_logprobs\x18\x0e \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_scored_tokens\x18\x0f \x01(\r\x12\x14\n\x0ctrace_parent\x18\x10 \x01(\tB\x16\n\x14_num_prompt_logprobs\"1\n\x08Truncate\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x10\n\x08num_kept\x18\x02 \x01(\r\"\xf3\x02\n\x0ePlannerMessage\x12$\n\x07welcome\x18\x01 \x01(\x0b\x32\x13.albireo.v1.Welcome\x12\x1a\n\x12token_sequence_ids\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12 \n\x05\x65nded\x18\x04 \x03(\x0b\x32\x11.albireo.v1.Ended\x12\x1e\n\x04load\x18\x05 \x01(\x0b\x32\x10.albireo.v1.Load\x12\x1c\n\x14started_sequence_ids\x18\x06 \x01(\x0c\x12!\n\x19started_num_cached_tokens\x18\x07 \x01(\x0c\x12&\n\x08logprobs\x18\x08 \x01(\x0b\x32\x14.albireo.v1.Logprobs\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.albireo.v1.PromptLogprobs\x12,\n\x0c\x63\x61\x63he_events\x18\n \x03(\x0b\x32\x16.albireo.v1.CacheEvent\"e\n\x0ePromptLogprobs\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12\x16\n\x0e\x66irst_position\x18\x02 \x01(\r\x12&\n\x08logprobs\x18\x03 \x01(\x0b\x32\x14.albireo.v1.Logprobs\"l\n\nCacheEvent\x12*\n\x06stored\x18\x01 \x01(\x0b\x32\x18.albireo.v1.StoredBlocksH\x00\x12\x18\n\x0eremoved_hashes\x18\x02 \x01(\x0cH\x00\x12\x0f\n\x05reset\x18\x03 \x01(\x08H\x00\x42\x07\n\x05\x65vent\"F\n\x0cStoredBlocks\x12\x13\n\x0bparent_hash\x18\x01 \x01(\x0c\x12\x0e\n\x06hashes\x18\x02 \x01(\x0c\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\"/\n\x07Welcome\x12$\n\x05group\x18\x01 \x01(\x0b\x32\x15.albireo.v1.GroupInfo\"\xe1\x01\n\x05\x45nded\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x04\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.albireo.v1.FinishReason\x12\x1d\n\x10matched_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x19\n\x11num_output_tokens\x18\x04 \x01(\r\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.albireo.v1.Timings\x12$\n\x07refusal\x18\x06 \x01(\x0b\x32\x13.albireo.v1.RefusalB\x13\n\x11_matched_token_id\"?\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x15\n\rretry_after_s\x18\x03 \x01(\x01\"\xa7\x01\n\x04Load\x12\x13\n\x0bnum_running\x18\x01 \x01(\r\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\r\x12\x17\n\x0fnum_used_blocks\x18\x03 \x01(\r\x12\x12\n\nis_serving\x18\x04 \x01(\x08\x12\x1a\n\x12num_waiting_tokens\x18\x05 \x01(\r\x12\x14\n\x0ctokens_per_s\x18\x06 \x01(\x01\x12\x16\n\x0e\x63\x61\x63he_hit_rate\x18\x07 \x01(\x01\x32P\n\x07Planner\x12\x45\n\x06\x41ttach\x12\x1b.albireo.v1.FrontendMessage\x1a\x1a.albireo.v1.PlannerMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'albireo.v1.frontend_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_FRONTENDMESSAGE']._serialized_start=94
-  _globals['_FRONTENDMESSAGE']._serialized_end=285
-  _globals['_HELLO']._serialized_start=287
-  _globals['_HELLO']._serialized_end=308
-  _globals['_SUBMIT']._serialized_start=311
-  _globals['_SUBMIT']._serialized_end=611
-  _globals['_TRUNCATE']._serialized_start=613
-  _globals['_TRUNCATE']._serialized_end=662
-  _globals['_PLANNERMESSAGE']._serialized_start=665
-  _globals['_PLANNERMESSAGE']._serialized_end=937
-  _globals['_WELCOME']._serialized_start=939
-  _globals['_WELCOME']._serialized_end=986
-  _globals['_ENDED']._serialized_start=989
-  _globals['_ENDED']._serialized_end=1214
-  _globals['_REFUSAL']._serialized_start=1216
-  _globals['_REFUSAL']._serialized_end=1279
-  _globals['_LOAD']._serialized_start=1281
-  _globals['_LOAD']._serialized_end=1374
-  _globals['_PLANNER']._serialized_start=1376
-  _globals['_PLANNER']._serialized_end=1456
+  _globals['_FRONTENDMESSAGE']._serialized_end=344
+  _globals['_ABORT']._serialized_start=346
+  _globals['_ABORT']._serialized_end=405
+  _globals['_HELLO']._serialized_start=407
+  _globals['_HELLO']._serialized_end=428
+  _globals['_SUBMIT']._serialized_start=431
+  _globals['_SUBMIT']._serialized_end=838
+  _globals['_TRUNCATE']._serialized_start=840
+  _globals['_TRUNCATE']._serialized_end=889
+  _globals['_PLANNERMESSAGE']._serialized_start=892
+  _globals['_PLANNERMESSAGE']._serialized_end=1263
+  _globals['_PROMPTLOGPROBS']._serialized_start=1265
+  _globals['_PROMPTLOGPROBS']._serialized_end=1366
+  _globals['_CACHEEVENT']._serialized_start=1368
+  _globals['_CACHEEVENT']._serialized_end=1476
+  _globals['_STOREDBLOCKS']._serialized_start=1478
+  _globals['_STOREDBLOCKS']._serialized_end=1548
+  _globals['_WELCOME']._serialized_start=1550
+  _globals['_WELCOME']._serialized_end=1597
+  _globals['_ENDED']._serialized_start=1600
+  _globals['_ENDED']._serialized_end=1825
+  _globals['_REFUSAL']._serialized_start=1827
+  _globals['_REFUSAL']._serialized_end=1890
+  _globals['_LOAD']._serialized_start=1893
+  _globals['_LOAD']._serialized_end=2060
+  _globals['_PLANNER']._serialized_start=2062
+  _globals['_PLANNER']._serialized_end=2142
 # @@protoc_insertion_point(module_scope)

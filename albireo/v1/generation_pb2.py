@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61lbireo/v1/generation.proto\x12\nalbireo.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xdc\x06\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\n \x01(\x08\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0c \x01(\rH\x07\x88\x01\x01\x12\x12\n\x05min_p\x18\r \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0f \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x10 \x01(\x02H\x0b\x88\x01\x01\x12=\n\nlogit_bias\x18\x11 \x03(\x0b\x32).albireo.v1.SamplingParams.LogitBiasEntry\x12/\n\x11\x61llowed_token_ids\x18\x12 \x01(\x0b\x32\x14.albireo.v1.TokenIds\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12\x31\n\x13\x62\x61\x64_words_token_ids\x18\x14 \x03(\x0b\x32\x14.albireo.v1.TokenIds\x12\x15\n\x08logprobs\x18\x15 \x01(\rH\x0c\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x04\n\x02_nB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobs\"\xb1\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.albireo.v1.TokenIdsH\x00\x12\x33\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1a.albireo.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"X\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\"\xc2\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.albireo.v1.FinishReason\x12\x1a\n\x10matched_token_id\x18\x02 \x01(\rH\x00\x12\x1a\n\x10matched_stop_str\x18\x03 \x01(\tH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.albireo.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.albireo.v1.TimingsB\x0e\n\x0cmatched_stop\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"S\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.albireo.v1.TopLogprob\"\xbd\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.albireo.v1.FinishH\x00\x88\x01\x01\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.albireo.v1.TokenLogprobsB\t\n\x07_finish\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xab\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rarchitectures\x18\x03 \x03(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x0f\n\x07tp_size\x18\x07 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x12\n\nnum_blocks\x18\x0c \x01(\r\x12;\n\x17\x64\x65\x66\x61ult_sampling_params\x18\r \x01(\x0b\x32\x1a.albireo.v1.SamplingParams*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xdb\x01\n\nGeneration\x12G\n\x08Generate\x12\x1b.albireo.v1.GenerateRequest\x1a\x1c.albireo.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.albireo.v1.AbortRequest\x1a\x19.albireo.v1.AbortResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.albireo.v1.GetModelInfoRequest\x1a\x15.albireo.v1.ModelInfob\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x61lbireo/v1/generation.proto\x12\nalbireo.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x07\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x03\x88\x01\x01\x12\x17\n\nmax_tokens\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\x07 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x08 \x03(\r\x12\x12\n\nignore_eos\x18\t \x01(\x08\x12\"\n\x1ainclude_stop_str_in_output\x18\n \x01(\x08\x12 \n\x13skip_special_tokens\x18\x0b \x01(\x08H\x06\x88\x01\x01\x12\x0e\n\x01n\x18\x0c \x01(\rH\x07\x88\x01\x01\x12\x12\n\x05min_p\x18\r \x01(\x02H\x08\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x0e \x01(\x02H\t\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x0f \x01(\x02H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x10 \x01(\x02H\x0b\x88\x01\x01\x12=\n\nlogit_bias\x18\x11 \x03(\x0b\x32).albireo.v1.SamplingParams.LogitBiasEntry\x12/\n\x11\x61llowed_token_ids\x18\x12 \x01(\x0b\x32\x14.albireo.v1.TokenIds\x12\x11\n\tbad_words\x18\x13 \x03(\t\x12\x31\n\x13\x62\x61\x64_words_token_ids\x18\x14 \x03(\x0b\x32\x14.albireo.v1.TokenIds\x12\x15\n\x08logprobs\x18\x15 \x01(\rH\x0c\x88\x01\x01\x12\x1c\n\x0fprompt_logprobs\x18\x16 \x01(\rH\r\x88\x01\x01\x12#\n\x16truncate_prompt_tokens\x18\x17 \x01(\rH\x0e\x88\x01\x01\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seedB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x16\n\x14_skip_special_tokensB\x04\n\x02_nB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x0b\n\t_logprobsB\x12\n\x10_prompt_logprobsB\x19\n\x17_truncate_prompt_tokens\"\xb1\x01\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x14.albireo.v1.TokenIdsH\x00\x12\x33\n\x0fsampling_params\x18\x04 \x01(\x0b\x32\x1a.albireo.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x42\x08\n\x06prompt\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\"X\n\x07Timings\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\x12\x17\n\x0fnum_preemptions\x18\x04 \x01(\r\"\xc2\x01\n\x06\x46inish\x12(\n\x06reason\x18\x01 \x01(\x0e\x32\x18.albireo.v1.FinishReason\x12\x1a\n\x10matched_token_id\x18\x02 \x01(\rH\x00\x12\x1a\n\x10matched_stop_str\x18\x03 \x01(\tH\x00\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.albireo.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.albireo.v1.TimingsB\x0e\n\x0cmatched_stop\"/\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"S\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12#\n\x03top\x18\x03 \x03(\x0b\x32\x16.albireo.v1.TopLogprob\"\xf1\x01\n\x10GenerateResponse\x12\r\n\x05index\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12\x18\n\x10prompt_token_ids\x18\x04 \x03(\r\x12\'\n\x06\x66inish\x18\x05 \x01(\x0b\x32\x12.albireo.v1.FinishH\x00\x88\x01\x01\x12+\n\x08logprobs\x18\x06 \x03(\x0b\x32\x19.albireo.v1.TokenLogprobs\x12\x32\n\x0fprompt_logprobs\x18\x07 \x03(\x0b\x32\x19.albireo.v1.TokenLogprobsB\t\n\x07_finish\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x15\n\x13GetModelInfoRequest\"\xab\x02\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x15\n\rarchitectures\x18\x03 \x03(\t\x12\x12\n\nvocab_size\x18\x04 \x01(\r\x12\x15\n\rmax_model_len\x18\x05 \x01(\r\x12\x15\n\reos_token_ids\x18\x06 \x03(\r\x12\x0f\n\x07tp_size\x18\x07 \x01(\r\x12\x0e\n\x06\x65ngine\x18\x08 \x01(\t\x12\r\n\x05\x64type\x18\t \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\n \x01(\r\x12\x12\n\nblock_size\x18\x0b \x01(\r\x12\x12\n\nnum_blocks\x18\x0c \x01(\r\x12;\n\x17\x64\x65\x66\x61ult_sampling_params\x18\r \x01(\x0b\x32\x1a.albireo.v1.SamplingParams*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xdb\x01\n\nGeneration\x12G\n\x08Generate\x12\x1b.albireo.v1.GenerateRequest\x1a\x1c.albireo.v1.GenerateResponse0\x01\x12<\n\x05\x41\x62ort\x12\x18.albireo.v1.AbortRequest\x1a\x19.albireo.v1.AbortResponse\x12\x46\n\x0cGetModelInfo\x12\x1f.albireo.v1.GetModelInfoRequest\x1a\x15.albireo.v1.ModelInfob\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
   _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2185
-  _globals['_FINISHREASON']._serialized_end=2305
+  _globals['_FINISHREASON']._serialized_start=2351
+  _globals['_FINISHREASON']._serialized_end=2471
   _globals['_TOKENIDS']._serialized_start=43
   _globals['_TOKENIDS']._serialized_end=66
   _globals['_SAMPLINGPARAMS']._serialized_start=69
-  _globals['_SAMPLINGPARAMS']._serialized_end=929
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=687
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=735
-  _globals['_GENERATEREQUEST']._serialized_start=932
-  _globals['_GENERATEREQUEST']._serialized_end=1109
-  _globals['_USAGE']._serialized_start=1111
-  _globals['_USAGE']._serialized_end=1191
-  _globals['_TIMINGS']._serialized_start=1193
-  _globals['_TIMINGS']._serialized_end=1281
-  _globals['_FINISH']._serialized_start=1284
-  _globals['_FINISH']._serialized_end=1478
-  _globals['_TOPLOGPROB']._serialized_start=1480
-  _globals['_TOPLOGPROB']._serialized_end=1527
-  _globals['_TOKENLOGPROBS']._serialized_start=1529
-  _globals['_TOKENLOGPROBS']._serialized_end=1612
-  _globals['_GENERATERESPONSE']._serialized_start=1615
-  _globals['_GENERATERESPONSE']._serialized_end=1804
-  _globals['_ABORTREQUEST']._serialized_start=1806
-  _globals['_ABORTREQUEST']._serialized_end=1841
-  _globals['_ABORTRESPONSE']._serialized_start=1843
-  _globals['_ABORTRESPONSE']._serialized_end=1858
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1860
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1881
-  _globals['_MODELINFO']._serialized_start=1884
-  _globals['_MODELINFO']._serialized_end=2183
-  _globals['_GENERATION']._serialized_start=2308
-  _globals['_GENERATION']._serialized_end=2527
+  _globals['_SAMPLINGPARAMS']._serialized_end=1043
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=754
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=802
+  _globals['_GENERATEREQUEST']._serialized_start=1046
+  _globals['_GENERATEREQUEST']._serialized_end=1223
+  _globals['_USAGE']._serialized_start=1225
+  _globals['_USAGE']._serialized_end=1305
+  _globals['_TIMINGS']._serialized_start=1307
+  _globals['_TIMINGS']._serialized_end=1395
+  _globals['_FINISH']._serialized_start=1398
+  _globals['_FINISH']._serialized_end=1592
+  _globals['_TOPLOGPROB']._serialized_start=1594
+  _globals['_TOPLOGPROB']._serialized_end=1641
+  _globals['_TOKENLOGPROBS']._serialized_start=1643
+  _globals['_TOKENLOGPROBS']._serialized_end=1726
+  _globals['_GENERATERESPONSE']._serialized_start=1729
+  _globals['_GENERATERESPONSE']._serialized_end=1970
+  _globals['_ABORTREQUEST']._serialized_start=1972
+  _globals['_ABORTREQUEST']._serialized_end=2007
+  _globals['_ABORTRESPONSE']._serialized_start=2009
+  _globals['_ABORTRESPONSE']._serialized_end=2024
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2026
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2047
+  _globals['_MODELINFO']._serialized_start=2050
+  _globals['_MODELINFO']._serialized_end=2349
+  _globals['_GENERATION']._serialized_start=2474
+  _globals['_GENERATION']._serialized_end=2693
 # @@protoc_insertion_point(module_scope)

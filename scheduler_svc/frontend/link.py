@@ -180,10 +180,15 @@ class PlannerLink:
         if self._sequences.pop(sequence_id, None) is not None:
             self._pending().cancels.append(sequence_id)
 
-    def abort_labels(self, labels: Sequence[str]) -> None:
-        """Asks the planner to end every sequence with one of these request ids, whichever front end it came by."""
-        if self._is_open and labels:
-            self._pending().abort_labels.extend(labels)
+    def abort(self, labels: Sequence[str], tenant: str | None = None) -> None:
+        """Asks the planner to end every sequence with one of these request ids, whichever front end it came by.
+
+        Args:
+            tenant: whose sequences; None: whoever's.
+        """
+        if self._is_open:
+            for label in labels:
+                self._pending().aborts.add(request_id=label, tenant=tenant)
 
     def flush_cache(self) -> None:
         """Asks the planner to forget what KV blocks hold."""
@@ -265,7 +270,7 @@ class PlannerLink:
         pending = self._pending()
         is_full = pending.submits and self._num_submit_bytes + num_bytes > MAX_SUBMITS_BYTES
         # In the same message an abort would come after the submit and end its sequence, too.
-        if is_full or pending.abort_labels:
+        if is_full or pending.aborts:
             pending = frontend_pb2.FrontendMessage()
             self._outbox.append(pending)
         self._num_submit_bytes = num_bytes + (self._num_submit_bytes if pending.submits else 0)

@@ -30,7 +30,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def Abort(self, request: generation_pb2.AbortRequest, context: Context) -> generation_pb2.AbortResponse:
         try:
-            self._core.link.abort_labels(check_labels(request.request_ids))
+            self._core.link.abort(check_labels(request.request_ids))
         except AlbireoError as error:
             await refuse(context, error)
         return generation_pb2.AbortResponse()

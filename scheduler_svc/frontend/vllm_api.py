@@ -66,7 +66,7 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
 
     async def Abort(self, request: Any, context: Context) -> Any:
         try:
-            self._core.link.abort_labels(check_labels(request.request_ids))
+            self._core.link.abort(check_labels(request.request_ids))
         except AlbireoError as error:
             await refuse(context, error)
         return vllm_engine_pb2.AbortResponse()

@@ -1,6 +1,7 @@
 """Front ends' messages change the planner's state. Bounds are checked again: no front end can bypass them."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import grpc
@@ -69,9 +70,15 @@ def apply_message(
     return arrived
 
 
-def abort_labelled(state: PlannerState, labels: set[str]) -> list[Sequence]:
+def abort_labelled(state: PlannerState, aborts: Iterable[frontend_pb2.Abort]) -> list[Sequence]:
     """Ends every sequence with one of these request labels, whichever front end it came by; returns them."""
-    aborted = [sequence for sequence in state.sequences.values() if sequence.request_id in labels]
+    anyones = {each.request_id for each in aborts if not each.HasField("tenant")}
+    of_tenants = {(each.request_id, _root_hash(each.tenant)) for each in aborts if each.HasField("tenant")}
+    aborted = [
+        sequence
+        for sequence in state.sequences.values()
+        if sequence.request_id in anyones or (sequence.request_id, sequence.root) in of_tenants
+    ]
     for sequence in aborted:
         end(state, sequence)
     return aborted

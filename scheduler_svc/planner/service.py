@@ -179,7 +179,7 @@ class Planner:
             self._post_ended(ended, now_ns)
         if self._given_up:
             self._fail_all(self._given_up)
-        for sequence in abort_labelled(self._state, set(message.abort_labels)) if message.abort_labels else ():
+        for sequence in abort_labelled(self._state, message.aborts) if message.aborts else ():
             self._post_ended(Ended(sequence, EndReason.ABORT), now_ns)
 
     def _deliver(self, committed: Committed, now_ns: int) -> None:

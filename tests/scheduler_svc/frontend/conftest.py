@@ -140,7 +140,7 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
                 (self.submits, message.submits),
                 (self.truncates, message.truncates),
                 (self.cancels, message.cancels),
-                (self.aborts, message.abort_labels),
+                (self.aborts, [abort.request_id for abort in message.aborts]),
             ):
                 for item in items:
                     queue.put_nowait(item)

@@ -94,9 +94,10 @@ async def test_sequence_ids_increase_and_what_gathers_goes_in_one_message(link: 
 async def test_an_abort_does_not_end_what_was_submitted_after_it(link: Any) -> None:
     """Submits come first in a message, so a later submit takes the next one."""
     link.submit(frontend_pb2.Submit(request_id="a"), Inbox())
-    link.abort_labels(["a"])
+    link.abort(["a"])
     link.submit(frontend_pb2.Submit(request_id="a"), Inbox())
-    assert [(len(message.submits), list(message.abort_labels)) for message in link._outbox] == [(1, ["a"]), (1, [])]
+    assert [len(message.submits) for message in link._outbox] == [1, 1]
+    assert [[abort.request_id for abort in message.aborts] for message in link._outbox] == [["a"], []]
 
 
 async def test_an_inbox_gets_one_batch_per_message_and_nothing_after_its_end(link: Any, planner: Any) -> None:
