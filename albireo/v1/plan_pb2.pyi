@@ -38,7 +38,7 @@ class GroupStatus(_message.Message):
     def __init__(self, state: _Optional[_Union[GroupStatus.State, str]] = ..., stage: _Optional[str] = ..., progress: _Optional[float] = ..., info: _Optional[_Union[GroupInfo, _Mapping]] = ..., epoch: _Optional[int] = ..., next_step_id: _Optional[int] = ..., num_queued: _Optional[int] = ...) -> None: ...
 
 class GroupInfo(_message.Message):
-    __slots__ = ("engine", "device", "dtype", "tp_size", "vocab_size", "eos_token_ids", "block_size", "num_blocks", "max_num_seqs", "max_model_len", "max_num_batched_tokens")
+    __slots__ = ("engine", "device", "dtype", "tp_size", "vocab_size", "eos_token_ids", "block_size", "num_blocks", "max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_layout")
     ENGINE_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GroupInfo(_message.Message):
     MAX_NUM_SEQS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     MAX_NUM_BATCHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    KV_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     engine: str
     device: str
     dtype: str
@@ -61,7 +62,20 @@ class GroupInfo(_message.Message):
     max_num_seqs: int
     max_model_len: int
     max_num_batched_tokens: int
-    def __init__(self, engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., tp_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ...) -> None: ...
+    kv_layout: KvLayout
+    def __init__(self, engine: _Optional[str] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., tp_size: _Optional[int] = ..., vocab_size: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., max_num_seqs: _Optional[int] = ..., max_model_len: _Optional[int] = ..., max_num_batched_tokens: _Optional[int] = ..., kv_layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+
+class KvLayout(_message.Message):
+    __slots__ = ("fingerprint", "num_parts", "part_bytes", "arena")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
+    PART_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ARENA_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: bytes
+    num_parts: int
+    part_bytes: int
+    arena: str
+    def __init__(self, fingerprint: _Optional[bytes] = ..., num_parts: _Optional[int] = ..., part_bytes: _Optional[int] = ..., arena: _Optional[str] = ...) -> None: ...
 
 class Sampling(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "seed", "min_tokens", "suppressed_token_ids", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "bias_token_ids", "biases", "allowed_token_ids", "bad_words", "num_logprobs", "allowed_mask")
@@ -136,7 +150,7 @@ class NewSequence(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_computed_tokens: _Optional[int] = ..., block_table: _Optional[bytes] = ..., sampling: _Optional[_Union[Sampling, _Mapping]] = ..., num_prompt_logprobs: _Optional[int] = ..., trace_parent: _Optional[str] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "step_id", "finished_slots", "new_sequences", "append_slots", "append_blocks", "row_slots", "row_num_scheduled_tokens", "row_samples")
+    __slots__ = ("epoch", "step_id", "finished_slots", "new_sequences", "append_slots", "append_blocks", "row_slots", "row_num_scheduled_tokens", "row_samples", "transfers", "only_transfers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     FINISHED_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -146,6 +160,8 @@ class StepPlan(_message.Message):
     ROW_SLOTS_FIELD_NUMBER: _ClassVar[int]
     ROW_NUM_SCHEDULED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     ROW_SAMPLES_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     finished_slots: bytes
@@ -155,23 +171,67 @@ class StepPlan(_message.Message):
     row_slots: bytes
     row_num_scheduled_tokens: bytes
     row_samples: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., finished_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., row_slots: _Optional[bytes] = ..., row_num_scheduled_tokens: _Optional[bytes] = ..., row_samples: _Optional[bytes] = ...) -> None: ...
+    transfers: _containers.RepeatedCompositeFieldContainer[Transfer]
+    only_transfers: bool
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., finished_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., row_slots: _Optional[bytes] = ..., row_num_scheduled_tokens: _Optional[bytes] = ..., row_samples: _Optional[bytes] = ..., transfers: _Optional[_Iterable[_Union[Transfer, _Mapping]]] = ..., only_transfers: _Optional[bool] = ...) -> None: ...
+
+class Transfer(_message.Message):
+    __slots__ = ("transfer_id", "kind", "blocks", "hashes", "offsets", "after_step", "lease")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[Transfer.Kind]
+        KIND_STORE: _ClassVar[Transfer.Kind]
+        KIND_LOAD: _ClassVar[Transfer.Kind]
+    KIND_UNSPECIFIED: Transfer.Kind
+    KIND_STORE: Transfer.Kind
+    KIND_LOAD: Transfer.Kind
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    HASHES_FIELD_NUMBER: _ClassVar[int]
+    OFFSETS_FIELD_NUMBER: _ClassVar[int]
+    AFTER_STEP_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: int
+    kind: Transfer.Kind
+    blocks: bytes
+    hashes: bytes
+    offsets: bytes
+    after_step: int
+    lease: bytes
+    def __init__(self, transfer_id: _Optional[int] = ..., kind: _Optional[_Union[Transfer.Kind, str]] = ..., blocks: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., after_step: _Optional[int] = ..., lease: _Optional[bytes] = ...) -> None: ...
+
+class TransferResult(_message.Message):
+    __slots__ = ("transfer_id", "succeeded", "num_bytes", "duration_ns")
+    TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
+    SUCCEEDED_FIELD_NUMBER: _ClassVar[int]
+    NUM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DURATION_NS_FIELD_NUMBER: _ClassVar[int]
+    transfer_id: int
+    succeeded: bytes
+    num_bytes: int
+    duration_ns: int
+    def __init__(self, transfer_id: _Optional[int] = ..., succeeded: _Optional[bytes] = ..., num_bytes: _Optional[int] = ..., duration_ns: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "token_ids", "timings", "logprobs", "prompt_logprobs")
+    __slots__ = ("epoch", "step_id", "token_ids", "timings", "logprobs", "prompt_logprobs", "transfers", "only_transfers")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    ONLY_TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     token_ids: bytes
     timings: StepTimings
     logprobs: Logprobs
     prompt_logprobs: Logprobs
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ...) -> None: ...
+    transfers: _containers.RepeatedCompositeFieldContainer[TransferResult]
+    only_transfers: bool
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., timings: _Optional[_Union[StepTimings, _Mapping]] = ..., logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., prompt_logprobs: _Optional[_Union[Logprobs, _Mapping]] = ..., transfers: _Optional[_Iterable[_Union[TransferResult, _Mapping]]] = ..., only_transfers: _Optional[bool] = ...) -> None: ...
 
 class StepTimings(_message.Message):
     __slots__ = ("prepare_ns", "forward_ns", "sample_ns", "idle_ns")
