@@ -19,11 +19,11 @@ from demo_model.model import DemoConfig, DemoLlama
 # Default sampling: chosen by reading completions of the trained model.
 SAMPLING: dict[str, float | int] = {"temperature": 0.8, "top_p": 0.95, "top_k": 50}
 
-# Users' words become Python comments, answers stay as they are, so that any conversation is Python-like text.
+# Users' words become docstrings, which code follows; answers stay as they are.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ message['content'] }}\n"
-    "{% else %}# {{ message['content'] | replace('\n', '\n# ') }}\n{% endif %}"
+    "{% if message.role == 'assistant' %}{{ message.content }}\n\n"
+    '{% else %}"""{{ message.content }}"""\n\n{% endif %}'
     "{% endfor %}"
 )
 
@@ -59,7 +59,7 @@ engine can be tried and tested without downloading anything; it is not useful fo
 - Default sampling (`generation_config.json`): temperature {s[temperature]}, top-p {s[top_p]}, top-k {s[top_k]}.
 - Limits: the text has the look of Python but means nothing: names are invented, lines repeat, code does not
   work, passages of the training text can be repeated. It follows no instructions; the chat template merely turns
-  messages into comments for it to continue. It knows no language but Python and the English of its docstrings.
+  messages into docstrings for it to continue. It knows no language but Python and the English of its docstrings.
 """
 
 
