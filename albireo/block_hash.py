@@ -11,8 +11,14 @@ from albireo.arrays import Int32Array, pack_int32
 _ROOT = b"albireo kv blocks 1\0"
 
 
-def root_hash(tenant: str) -> bytes:
-    """The parent of a tenant's first blocks, 32 bytes."""
+def root_hash(tenant: str, secret: bytes = b"") -> bytes:
+    """The parent of a tenant's first blocks, 32 bytes.
+
+    Args:
+        secret: up to 64 bytes, without which nobody can tell the names of a tenant's blocks from its text; empty: none.
+    """
+    if secret:
+        return hashlib.blake2b(_ROOT + tenant.encode(), key=secret, digest_size=32).digest()
     return hashlib.sha256(_ROOT + tenant.encode()).digest()
 
 

@@ -3,9 +3,11 @@
     AlbireoError                 INTERNAL
     ├── InvalidRequest           INVALID_ARGUMENT     refuse the request: a field is wrong
     ├── NotServed                UNIMPLEMENTED        refuse the request: a parameter is not served yet
+    ├── NotFound                 NOT_FOUND            refuse the request: what it asks for is not there
     ├── Overloaded               RESOURCE_EXHAUSTED   refuse the request: try again later
     ├── DeadlineExceeded         DEADLINE_EXCEEDED    refuse or fail the request: nobody waits for its answer
     ├── GroupUnavailable         UNAVAILABLE          fail the request: its worker group is gone
+    ├── StoreUnavailable         UNAVAILABLE          go on without: the KV store is gone, all is a miss
     ├── ConfigError              FAILED_PRECONDITION  do not start: a flag, file or model is wrong
     └── GroupError               INTERNAL             restart the group: its state can no longer be trusted
 
@@ -34,6 +36,12 @@ class NotServed(AlbireoError):
     status = grpc.StatusCode.UNIMPLEMENTED
 
 
+class NotFound(AlbireoError):
+    """A request asks for something that is not there."""
+
+    status = grpc.StatusCode.NOT_FOUND
+
+
 class Overloaded(AlbireoError):
     """A bound is reached; the client should try again later."""
 
@@ -52,6 +60,12 @@ class DeadlineExceeded(AlbireoError):
 
 class GroupUnavailable(AlbireoError):
     """The worker group or the planner is gone."""
+
+    status = grpc.StatusCode.UNAVAILABLE
+
+
+class StoreUnavailable(AlbireoError):
+    """The KV store is gone, or has taken back a lease; whoever needs it computes instead."""
 
     status = grpc.StatusCode.UNAVAILABLE
 

@@ -56,7 +56,7 @@ FRONTEND_COLUMNS = (
     "num_tokens",
 )
 
-_DEFAULT_ROWS = 8192  # 40 s of 5 ms steps
+DEFAULT_ROWS = 8192  # 40 s of 5 ms steps
 _COUNT = struct.Struct("<q")
 
 
@@ -67,7 +67,7 @@ class Ledger:
         path: a file that the ring lives in, so that other processes can read it; it is made anew.
     """
 
-    def __init__(self, process: str, columns: Sequence[str], num_rows: int = _DEFAULT_ROWS, path: Path | None = None):
+    def __init__(self, process: str, columns: Sequence[str], num_rows: int = DEFAULT_ROWS, path: Path | None = None):
         self.process = process
         self.columns = tuple(columns)
         self.num_rows = num_rows

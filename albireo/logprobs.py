@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from albireo.arrays import (
+    EMPTY_INT32,
     BoolArray,
     Float32Array,
     Int32Array,
@@ -99,3 +100,8 @@ def decode(message: plan_pb2.Logprobs, num_tokens: int) -> Logprobs:
     if (np.diff(logprobs.indices) <= 0).any():
         raise ValueError("logprobs are not in order")
     return logprobs
+
+
+def decode_whole(message: plan_pb2.Logprobs) -> Logprobs:
+    """Logprobs of all tokens that they stand beside. Raises ValueError when the message does not hold any."""
+    return decode(message, len(message.indices) // EMPTY_INT32.itemsize)

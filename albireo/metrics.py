@@ -2,9 +2,11 @@
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
 
 import numpy as np
-from prometheus_client import start_http_server
+from prometheus_client import make_wsgi_app, start_http_server
 from prometheus_client.core import (
     REGISTRY,
     CounterMetricFamily,
@@ -15,16 +17,35 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from albireo.arrays import Float64Array, Int64Array
+from albireo.authentication import guarded
 from albireo.ledger import Ledger
+from albireo.security import Security
 
 # 10 us .. 10 s, three to a decade: from a wake-up to a step that is stuck.
 STEP_BUCKETS_S = (*(float(f"{digit}e{exponent}") for exponent in range(-5, 1) for digit in (1, 2, 5)), 10.0)
 
 
-def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Answers ``GET /metrics`` on ``port`` from a thread of its own; 0 means no metrics."""
+def serve_metrics(port: int, security: Security) -> None:
+    """Answers ``GET /metrics`` on ``port`` of the loopback interface; 0 means no metrics."""
     if port:
-        start_http_server(port, addr=host)
+        open_page(port, "127.0.0.1", REGISTRY, security)
+
+
+def open_page(port: int, host: str, registry: CollectorRegistry, security: Security) -> tuple[WSGIServer, Thread]:
+    """Answers ``GET /metrics`` from a thread of its own. Raises OSError where it cannot listen."""
+    flags = security.flags
+    server, thread = start_http_server(
+        port,
+        addr=host,
+        registry=CollectorRegistry(),  # there is nothing to see until the guard stands
+        certfile=flags.tls_cert or None,
+        keyfile=flags.tls_key or None,
+        client_cafile=flags.tls_client_ca or None,
+        client_auth_required=security.asks_for_certificates,
+    )
+    page = make_wsgi_app(registry)
+    server.set_app(page if security.tokens is None else guarded(page, security.tokens))
+    return server, thread
 
 
 class Readings(Collector):

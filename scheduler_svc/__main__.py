@@ -13,10 +13,14 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from albireo.allowances import TENANT_FLAGS, TenantFlags
 from albireo.child import Child, Roll, python_module
 from albireo.config import flag, parse, to_argv
+from albireo.kv.flags import KV_FLAGS, KvFlags
 from albireo.logging import set_up_logging
+from albireo.security import SECURITY_FLAGS, SecurityFlags
 from albireo.supervise import supervise
+from albireo.tracing import OTLP_FLAGS, TRACING_FLAGS, TracingFlags
 from albireo.watchdog import Watchdog
 
 # A front end that has drained ends within it.
@@ -24,7 +28,7 @@ _AFTER_DRAIN_S = 5.0
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
+class SchedulerConfig(KvFlags, TenantFlags, SecurityFlags, TracingFlags):
     """Flags of ``python -m scheduler_svc``."""
 
     model: str = flag("demo", "model directory, Hub id, or 'demo': tokenizer and defaults")
@@ -47,6 +51,7 @@ class SchedulerConfig:
     recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
     drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str = flag("", "directory for sockets and logs; default: a temporary one")
+    profile_dir: str = flag("", "directory that StartProfile of the vLLM API writes to; default: in the run directory")
     metrics_port: int = flag(
         0, "Prometheus: the planner on this port of 127.0.0.1, front end i on port + 2 + i; 0: none"
     )
@@ -83,22 +88,26 @@ def main(argv: list[str] | None = None) -> int:
 
 def _children(config: SchedulerConfig, run_dir: Path) -> list[Child]:
     logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    logs.mkdir(exist_ok=True)
     module = python_module("scheduler_svc")
     planner_flags = to_argv(
         config,
         *("group", "planner", "depth", "max_num_batched_tokens", "max_waiting", "max_itl_ms", "prefix_cache"),
         *("recovery_timeout", "metrics_port", "log_level"),
+        *(*KV_FLAGS, *TENANT_FLAGS, *SECURITY_FLAGS, *OTLP_FLAGS),
     )
     children = [Child("planner", [*module, "planner", *planner_flags], logs / "planner.log")]
     shared = to_argv(
         config,
         *("model", "served_model_name", "planner", "host", "port"),
         *("max_streams", "recovery_timeout", "drain_timeout", "log_level"),
+        *(*SECURITY_FLAGS, *TRACING_FLAGS),
     )
     for index in range(config.frontends):
         name = f"frontend-{index}"
         own = ["--name", name, "--listen", f"unix:{run_dir / name}.sock"]
+        own += ["--profile-dir", config.profile_dir or str(run_dir / "profiles")]
         if config.metrics_port:
             own += ["--metrics-port", str(config.metrics_port + 2 + index)]
         log = logs / f"{name}.log"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import settings
 
 from checkpoints import write_tokenizer
+from needs import NO_REDIS
 
 # A shell without job control starts background jobs with SIGINT ignored, nohup ignores SIGHUP, and the servers under
 # test would inherit that.
@@ -19,6 +20,13 @@ if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
 # A loaded machine is slow, not wrong; and a run in CI must not depend on its luck.
 settings.register_profile("albireo", deadline=None, derandomize=True)
 settings.load_profile("albireo")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was left out is said at the end, where nobody can miss it."""
+    left_out = [report for report in terminalreporter.stats.get("skipped", ()) if NO_REDIS in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_line(f"LEFT OUT: {len(left_out)} tests of the KV store's Redis: {NO_REDIS}", red=True)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def step_of(
         "query_starts": starts,
         "context_lens": contexts.astype(np.int32),
         "block_tables": tables,
-        "sample_rows": samples,
+        "sample_tokens": starts[samples + 1] - 1,
         "sample_slots": samples.astype(np.int32),
         "sampling": Sampling.greedy(len(samples)),
         "last_tokens": np.zeros(rows, dtype=np.int32),

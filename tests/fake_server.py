@@ -76,12 +76,19 @@ class FakeServer(generation_pb2_grpc.GenerationServicer):
                 token_ids=[token],
                 prompt_token_ids=prompt if token == 0 else [],
                 logprobs=_logprobs(token, request.sampling_params),
+                prompt_logprobs=_prompt_logprobs(len(prompt), request.sampling_params) if token == 0 else [],
             )
             if request.text == "break":
                 context.abort(grpc.StatusCode.UNAVAILABLE, "the worker group is gone")
         reason = pb.FINISH_REASON_ABORT if request.text == "abort" else pb.FINISH_REASON_LENGTH
         usage = pb.Usage(prompt_tokens=len(prompt), completion_tokens=num_tokens, cached_tokens=1)
         yield pb.GenerateResponse(index=index, finish=pb.Finish(reason=reason, usage=usage))
+
+
+def _prompt_logprobs(num_tokens: int, params: pb.SamplingParams) -> list[pb.TokenLogprobs]:
+    if not params.HasField("prompt_logprobs"):
+        return []
+    return [pb.TokenLogprobs(logprob=-position, rank=position) for position in range(1, num_tokens)]
 
 
 def _logprobs(token: int, params: pb.SamplingParams) -> list[pb.TokenLogprobs]:

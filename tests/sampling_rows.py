@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,11 +61,23 @@ def as_float32(params: Params) -> Params:
     return replace(params, **{name: float(np.float32(getattr(params, name))) for name in names})
 
 
+class Scored(NamedTuple):
+    """A row that scores this token."""
+
+    token: int
+    num_logprobs: int
+
+
 def make_batch(
-    slots: Sequence[int], sampling: SlotSampling, positions: Int64Array, histories: Sequence[History] = ()
+    slots: Sequence[int],
+    sampling: SlotSampling,
+    positions: Int64Array,
+    histories: Sequence[History] = (),
+    scored: Sequence[Scored] = (),
 ) -> InputBatch:
-    """A batch whose every row samples; the sampler looks at nothing but the sampling rows."""
+    """A batch whose every row samples, or scores; the sampler looks at nothing but these rows."""
     sample_slots, nothing, none = np.array(slots, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64)
+    scored_num_logprobs = np.array([row.num_logprobs for row in scored], np.int32)
     return InputBatch(
         slots=sample_slots,
         query_starts=none,
@@ -75,23 +88,24 @@ def make_batch(
         token_slots=nothing,
         positions=none,
         slot_mapping=none,
-        sample_rows=np.arange(len(slots)),
+        sample_tokens=np.arange(len(slots) + len(scored)),
         sample_slots=sample_slots,
-        output_positions=positions,
-        sampling=sampling.rows(sample_slots, positions),
+        scored_token_ids=np.array([row.token for row in scored], np.int32),
+        output_positions=np.concatenate((positions, np.zeros(len(scored), np.int64))),
+        sampling=sampling.rows(sample_slots, positions, scored_num_logprobs),
         histories=tuple(histories),
     )
 
 
-def batch_of(rows: Sequence[Row], vocab_size: int) -> InputBatch:
-    """A first step of sequences; slots are no row numbers."""
+def batch_of(rows: Sequence[Row], vocab_size: int, scored: Sequence[Scored] = ()) -> InputBatch:
+    """A first step of sequences, and what it scores; slots are no row numbers."""
     sampling, histories = SlotSampling(NUM_SLOTS, vocab_size), []
     slots = [NUM_SLOTS - 1 - index for index in range(len(rows))]
     for slot, row in zip(slots, rows, strict=True):
         tokens = np.array([*row.params.prompt, *row.params.output], np.int32)
         if sampling.set(slot, row.message):
             histories.append(History(slot, tokens, len(row.params.prompt)))
-    return make_batch(slots, sampling, np.array([row.position for row in rows], dtype=np.int64), histories)
+    return make_batch(slots, sampling, np.array([row.position for row in rows], dtype=np.int64), histories, scored)
 
 
 def assert_same_logprobs(actual: Logprobs | None, expected: Logprobs | None) -> None:
@@ -123,7 +137,9 @@ def expected_token(logits: Tensor, row: Row) -> int:
     return reference.sample_row(logits, as_float32(row.params), row.position)
 
 
-def assert_logprobs(logprobs: Logprobs | None, logits: Tensor, rows: Sequence[Row], tokens: Sequence[int]) -> None:
+def assert_logprobs(
+    logprobs: Logprobs | None, logits: Tensor, rows: Sequence[Row | Scored], tokens: Sequence[int]
+) -> None:
     """Those of the oracle, within 1e-5; ids and ranks exactly."""
     wanted = [index for index, row in enumerate(rows) if row.num_logprobs >= 0]
     if not wanted:
@@ -139,6 +155,11 @@ def assert_logprobs(logprobs: Logprobs | None, logits: Tensor, rows: Sequence[Ro
         assert logprobs.top_token_ids[top].tolist() == expected.top_ids
         actual = [logprobs.logprobs[place], *logprobs.top_logprobs[top]]
         np.testing.assert_allclose(actual, [expected.logprob, *expected.top_logprobs], rtol=1e-6, atol=1e-5)
+
+
+def random_scored(generator: np.random.Generator, num: int, vocab_size: int) -> list[Scored]:
+    most = min(20, vocab_size)
+    return [Scored(int(generator.integers(vocab_size)), int(generator.choice([0, 1, most]))) for _ in range(num)]
 
 
 def random_logits(generator: np.random.Generator, num_rows: int, vocab_size: int, kind: str) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 
 from albireo import logprobs
 from albireo.arrays import pack_float32, pack_int32
-from albireo.logprobs import Logprobs
+from albireo.logprobs import Logprobs, places_where
 from albireo.plan import StepPlan, StepResult, decode_plan, decode_result, encode_plan, encode_result
 from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
@@ -24,7 +24,8 @@ from scheduler_svc.planner.rates import StepRates
 from scheduler_svc.planner.sequence import EndReason
 from scheduler_svc.planner.state import Limits, PlannerState, lose_group, regain_group
 from worker_svc.batch import BatchState, InputBatch
-from worker_svc.engine import EngineConfig
+from worker_svc.compute import PreparedStep, step_result
+from worker_svc.engine import EngineConfig, StepOutput, StepTimes
 from worker_svc.stub.engine import StubEngine
 from worker_svc.stub.sampler import Sampler
 from worker_svc.stub.truth import true_logprobs, true_tokens
@@ -40,9 +41,19 @@ class Expected:
     ends_with_stop: bool
     submit: frontend_pb2.Submit
     logprobs: Logprobs | None = None  # of all tokens, where they are wanted
+    prompt_logprobs: Logprobs | None = None  # of the prompt's tokens but the first, where they are wanted
+    num_scored: int = 1  # of the prompt's tokens
     got: list[int] = field(default_factory=list)
     reason: EndReason | None = None
     gone: bool = False  # cancelled, truncated or aborted: a prefix is all that may have come
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.submit.token_ids) // 4
+
+    @property
+    def is_scored(self) -> bool:
+        return self.prompt_logprobs is None or self.num_scored == self.num_prompt_tokens
 
 
 class FenceChecker:
@@ -177,7 +188,7 @@ class Simulation:
         )
         self.epoch = 1
         self.rates = StepRates()
-        self.state = PlannerState.make(self.limits, self.epoch)
+        self.state = self.make_state()
         self.engines = [StubEngine(self._engine_config(rank, tp_size)) for rank in range(tp_size)]
         for engine in self.engines:
             engine._vocab_size = vocab_size
@@ -186,12 +197,18 @@ class Simulation:
             BatchState(max_num_seqs, max_model_len, block_size, num_blocks, vocab_size, max_num_batched_tokens)
             for _ in range(tp_size)
         ]
-        self.checker = FenceChecker(self.limits.block_size)
+        self.checker = self.make_checker()
         self.planned: deque[tuple[int, list[InputBatch]]] = deque()
         self.results: deque[StepResult] = deque()
         self.expected: dict[tuple[int, int], Expected] = {}
         self.num_arrivals = 0
-        self.num_steps = self.num_rowless_plans = self.num_computed_tokens = 0
+        self.num_steps = self.num_rowless_plans = self.num_computed_tokens = self.num_scored_tokens = 0
+
+    def make_state(self) -> PlannerState:
+        return PlannerState.make(self.limits, self.epoch)
+
+    def make_checker(self) -> FenceChecker:
+        return FenceChecker(self.limits.block_size)
 
     @property
     def num_preemptions(self) -> int:
@@ -224,6 +241,7 @@ class Simulation:
         stop_token_ids: tuple[int, ...] = (),
         ignore_eos: bool = False,
         tenant: str = "",
+        num_prompt_logprobs: int | None = None,
         **sampling: object,
     ) -> tuple[int, int]:
         """Submits a sequence and works out its true output; returns its key."""
@@ -238,6 +256,7 @@ class Simulation:
             ignore_eos=ignore_eos,
             priority=priority,
             tenant=tenant,
+            num_prompt_logprobs=num_prompt_logprobs,
         )
         self.send(frontend, submits=[message])
         ends = frozenset(stop_token_ids) | (frozenset() if ignore_eos else {EOS})
@@ -250,7 +269,11 @@ class Simulation:
         if true_sampling.HasField("num_logprobs"):
             prompt_ids = np.array(prompt, dtype=np.int32)
             true = true_logprobs(prompt_ids, tokens, true_sampling.num_logprobs, self.limits.vocab_size)
-        self.expected[key] = Expected(tokens, stops, message, true)
+        of_prompt = None
+        if num_prompt_logprobs is not None:
+            first, others = np.split(np.array(prompt, dtype=np.int32), [1])
+            of_prompt = true_logprobs(first, others, num_prompt_logprobs, self.limits.vocab_size)
+        self.expected[key] = Expected(tokens, stops, message, true, of_prompt)
         return key
 
     def send(self, frontend: int, **fields: object) -> None:
@@ -292,12 +315,13 @@ class Simulation:
         """A new planner learns from the front ends what runs. Ends that were not told yet are told again."""
         self._restart_ranks()
         self.epoch += 1
-        self.state = PlannerState.make(self.limits, self.epoch)
+        self.state = self.make_state()
         for (frontend, _), expected in self.expected.items():
             if expected.gone or expected.reason is not None:
                 continue
             expected.submit.is_resumed = True
             expected.submit.output_token_ids = np.array(expected.got, dtype="<i4").tobytes()
+            expected.submit.num_scored_tokens = expected.num_scored
             self.send(frontend, submits=[expected.submit])
 
     def lose_last_end(self) -> None:
@@ -310,7 +334,7 @@ class Simulation:
     def _restart_ranks(self) -> None:
         self.planned.clear()
         self.results.clear()
-        self.checker = FenceChecker(self.limits.block_size)
+        self.checker = self.make_checker()
         for engine in self.engines:
             engine._cache[:] = 0  # what a restarted rank holds
             engine._last_tokens[:] = 0
@@ -326,6 +350,8 @@ class Simulation:
         plan = decode_plan(encode_plan(planned.plan))
         self.checker.see_plan(plan)
         batches = [state.apply(plan) for state in self.batch_states]
+        assert len(batches[0].sample_tokens) <= self.limits.max_num_seqs
+        self.num_scored_tokens += len(batches[0].scored_token_ids)
         self.planned.append((plan.step_id, batches))
         self.num_steps += 1
         self.num_rowless_plans += plan.rows is None
@@ -346,10 +372,9 @@ class Simulation:
         outputs = []
         for engine, batch in zip(self.engines, batches, strict=True):
             tokens = engine.sample(batch, digests)
-            result = StepResult(
-                self.epoch, step_id, tokens, plan_pb2.StepTimings(), engine.logprobs(batch, digests, tokens)
-            )
-            outputs.append(encode_result(result))
+            output = StepOutput(tokens, StepTimes(0, 0, 0, 0), engine.logprobs(batch, digests, tokens))
+            step = PreparedStep(self.epoch, step_id, batch, 0, 0)
+            outputs.append(encode_result(step_result(step, output, plan_pb2.StepTimings())))
         assert len(set(outputs)) == 1
         self.results.append(decode_result(outputs[0]))
         return True
@@ -360,13 +385,16 @@ class Simulation:
             return False
         result = self.results.popleft()
         self.checker.see_result(result.step_id)
-        committed = commit_step(self.state, result.step_id, result.token_ids, result.logprobs)
+        committed = commit_step(self.state, result.step_id, result.token_ids, result.logprobs, result.prompt_logprobs)
+        for sequence, first_position, scored in committed.scored:
+            self._see_scored(self.expected[sequence.frontend, sequence.sequence_id], first_position, scored)
         columns = (committed.frontends.tolist(), committed.sequence_ids.tolist(), committed.token_ids.tolist())
         wanting = []
         for place, (frontend, sequence_id, token) in enumerate(zip(*columns, strict=True)):
             expected = self.expected[frontend, sequence_id]
             assert expected.reason is None, "a token after the end"
             assert not expected.gone, "a token for a sequence whose client is gone"
+            assert expected.is_scored, "a token before the logprobs of the prompt"
             if expected.logprobs is not None:
                 wanting.append(_moved(expected.logprobs, len(expected.got), place))
             expected.got.append(token)
@@ -376,6 +404,14 @@ class Simulation:
         for ended in committed.ended:
             self._see_end(ended)
         return True
+
+    def _see_scored(self, expected: Expected, first_position: int, scored: Logprobs) -> None:
+        assert not expected.gone, "prompt logprobs for a sequence whose client is gone"
+        assert first_position == expected.num_scored, "prompt logprobs are missing, or come twice"
+        expected.num_scored += len(scored.indices)
+        positions = np.arange(1, expected.num_prompt_tokens)
+        told = places_where((positions >= first_position) & (positions < expected.num_scored))
+        assert logprobs.encode(scored) == logprobs.encode(expected.prompt_logprobs.of_tokens(told)), "wrong ones"
 
     def _see_end(self, ended: Ended) -> None:
         expected = self.expected[ended.sequence.frontend, ended.sequence.sequence_id]
@@ -402,6 +438,7 @@ class Simulation:
         self.check_pool()
         assert self.state.pool.num_free == self.state.pool.num_blocks, "leaked blocks"
         assert self.state.table.num_running == self.state.queue.num_waiting == 0
+        assert self.state.queue.num_waiting_tokens == 0
         assert not self.state.draining
         assert not self.state.coming, "claims that nobody redeems"
         assert self.state.tenants.num_active == 0

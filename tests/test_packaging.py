@@ -19,7 +19,7 @@ def test_the_wheel_holds_the_services_and_nothing_that_shadows_others(tmp_path: 
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
-    assert top == {"albireo", "scheduler_svc", "worker_svc", "albireo_kernels"}
+    assert top == {"albireo", "scheduler_svc", "worker_svc", "kvstore_svc", "albireo_kernels"}
     demo = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "NOTICE"}
     assert {f"albireo/demo/{name}" for name in demo} <= set(names)
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
@@ -31,6 +31,7 @@ def test_the_scheduler_and_the_command_line_import_no_torch():
         "import sys; sys.modules['torch'] = None\n"
         "import albireo.cli.main, albireo.cli.serve, albireo.cli.generate, albireo.cli.bench\n"
         "import scheduler_svc.planner.main, scheduler_svc.frontend.main, scheduler_svc.__main__\n"
+        "import kvstore_svc.main, kvstore_svc.redis_worker\n"
         "import worker_svc.__main__, worker_svc.stub.engine"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

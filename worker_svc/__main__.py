@@ -44,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run_group(config: WorkerConfig) -> int:
     logs = Path(config.run_dir) / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    logs.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    logs.mkdir(exist_ok=True)
     ranks = [dataclasses.replace(config, rank=rank) for rank in range(config.tp)]
     names = [field.name for field in dataclasses.fields(WorkerConfig)]
     children = [

@@ -9,13 +9,14 @@ import numpy as np
 
 from albireo.arrays import BoolArray, Int32Array, Int64Array
 from albireo.errors import GroupError
+from albireo.limits import MAX_LOGPROBS
 from albireo.plan import NewSequence, Rows, StepPlan, decode_rows
 from albireo.v1 import plan_pb2
 from worker_svc.row_sampling import RowSampling, SlotSampling, check_range
+from worker_svc.step_layout import NO_ROWS, NONE_SCORED, Layout, Scored, scored_tokens
 
 _MAX_STEP_ID = 2**63
 _PAST_BLOCKS = "a row reaches past its sequence's blocks"
-_NO_ROWS = Rows(np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.bool_))
 
 # Of each slot, in one array that a step gathers for its rows with a single call: num_blocks, num_known_tokens,
 # num_prompt_tokens, num_computed_tokens.
@@ -39,7 +40,8 @@ class History:
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
-    """Inputs of one step: N tokens of R rows, of which S rows sample.
+    """Inputs of one step: N tokens of R rows, and S sampling rows. The first K of these draw a token each, for K of the
+    step's rows; the others score: each takes the token of a prompt that comes next, for the sake of its logprobs.
 
     Attributes:
         slots: [R].
@@ -51,9 +53,10 @@ class InputBatch:
         token_slots: [N], the slot of each token.
         positions: [N].
         slot_mapping: [N], where each token's KV goes: block * block_size + offset.
-        sample_rows: [S], the rows that sample, ascending.
-        sample_slots: [S], their slots: where to write the last token.
-        output_positions: [S], index of the sampled token in its sequence's output.
+        sample_tokens: [S], after which of the N tokens; none twice.
+        sample_slots: [K], where to write the last token.
+        scored_token_ids: [S - K].
+        output_positions: [S], index of the sampled token in its sequence's output; 0 where a row scores.
         sampling: parameters of the sampling rows.
         histories: what the device must know before this step samples; tokens sampled later are added there.
     """
@@ -67,31 +70,12 @@ class InputBatch:
     token_slots: Int32Array
     positions: Int64Array
     slot_mapping: Int64Array
-    sample_rows: Int64Array
+    sample_tokens: Int64Array
     sample_slots: Int32Array
+    scored_token_ids: Int32Array
     output_positions: Int64Array
     sampling: RowSampling
     histories: tuple[History, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Layout:
-    """What follows from a step's rows alone; ``starts`` is `InputBatch.query_starts`."""
-
-    rows: Rows
-    is_decode: bool  # one sampled token of each row
-    starts: Int64Array
-    sample_rows: Int64Array
-    sample_slots: Int32Array
-
-
-def _layout(rows: Rows) -> _Layout:
-    starts = np.zeros(len(rows.slots) + 1, dtype=np.int64)
-    np.cumsum(rows.num_scheduled_tokens, out=starts[1:])
-    sample_rows = np.flatnonzero(rows.samples)
-    # No row has less than one token.
-    is_decode = len(sample_rows) == len(rows.slots) == starts[-1]
-    return _Layout(rows, is_decode, starts, sample_rows, rows.slots if is_decode else rows.slots[sample_rows])
 
 
 @dataclass(slots=True)
@@ -147,10 +131,11 @@ class BatchState:
         self.num_prompt_tokens = self._counts[:, 2]
         self.num_computed_tokens = self._counts[:, 3]
         self.sampling = SlotSampling(max_num_seqs, vocab_size)
+        self._num_prompt_logprobs = np.full(max_num_seqs, -1, dtype=np.int32)  # -1: none
         self._histories: list[History] = []  # of the plan being applied
         self._epoch = 0
         self._next_step_id = 0
-        self._layout = _layout(_NO_ROWS)  # of the last plan
+        self._layout = Layout.of(NO_ROWS)  # of the last plan
         self._run: _DecodeRun | None = None
 
     @classmethod
@@ -178,7 +163,8 @@ class BatchState:
             raise GroupError(f"step {plan.step_id} cannot be applied: {error!r}") from error
 
     def _apply(self, plan: StepPlan) -> InputBatch:
-        self._check_order(plan)
+        self.check_order(plan)
+        self._next_step_id += 1
         if plan.rows is not None or plan.new_sequences:
             self._run = None
         if len(plan.finished_slots):
@@ -193,31 +179,31 @@ class BatchState:
         if plan.rows is not None:
             self._layout = self._checked_layout(plan.rows)
         elif not self._layout.is_decode:
-            self._layout = _layout(decode_rows(self._layout.rows.slots))
+            self._layout = Layout.of(decode_rows(self._layout.rows.slots))
         batch = self._input_batch(self._layout)
         self._run = self._begin_run(batch) if self._layout.is_decode else None
         return batch
 
-    def _checked_layout(self, rows: Rows) -> _Layout:
+    def _checked_layout(self, rows: Rows) -> Layout:
         self._check_slots("row", rows.slots)
         check_range("scheduled tokens", rows.num_scheduled_tokens, 1, self._max_model_len + 1)
-        layout = _layout(rows)
+        layout = Layout.of(rows)
         if layout.starts[-1] > self._max_num_batched_tokens:
             raise GroupError(f"more than {self._max_num_batched_tokens} tokens in a step")
         return layout
 
-    def _check_order(self, plan: StepPlan) -> None:
+    def check_order(self, plan: StepPlan) -> None:
+        """Raises GroupError when the plan does not follow the last step. A new epoch forgets all slots."""
         if plan.epoch != self._epoch:
             if plan.epoch < self._epoch:
                 raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
             self._epoch, self._next_step_id = plan.epoch, plan.step_id
             self._counts[:] = 0
-            self._layout, self._run = _layout(_NO_ROWS), None
+            self._layout, self._run = Layout.of(NO_ROWS), None
         if plan.step_id >= _MAX_STEP_ID:
             raise GroupError(f"step {plan.step_id}: no step follows that")
         if plan.step_id != self._next_step_id:
             raise GroupError(f"plan of step {plan.step_id} where step {self._next_step_id} follows")
-        self._next_step_id += 1
 
     def _start_sequence(self, new: NewSequence) -> None:
         slot, num_tokens, num_blocks = new.slot, len(new.token_ids), len(new.block_table)
@@ -230,6 +216,8 @@ class BatchState:
                 f"slot {slot}: {num_tokens} tokens, {new.num_prompt_tokens} of the prompt, "
                 f"{new.num_computed_tokens} computed"
             )
+        if new.num_prompt_logprobs is not None and new.num_prompt_logprobs > MAX_LOGPROBS:
+            raise GroupError(f"slot {slot}: {new.num_prompt_logprobs} prompt logprobs; {MAX_LOGPROBS} at most")
         check_range("token", new.token_ids, 0, self._vocab_size)
         check_range("block", new.block_table, 0, self._num_cache_blocks)
         self.known_tokens[slot, :num_tokens] = new.token_ids
@@ -238,6 +226,9 @@ class BatchState:
         self.num_computed_tokens[slot] = new.num_computed_tokens
         self.block_tables[slot, :num_blocks] = new.block_table
         self.num_blocks[slot] = num_blocks
+        self._num_prompt_logprobs[slot] = (
+            -1 if new.num_prompt_logprobs is None else min(new.num_prompt_logprobs, self._vocab_size)
+        )
         if self.sampling.set(slot, new.sampling):
             self._histories.append(History(slot, new.token_ids, new.num_prompt_tokens))
 
@@ -257,13 +248,14 @@ class BatchState:
         if self._run is not None and not self._run.append(slots, num_blocks, blocks):
             self._run = None
 
-    def _input_batch(self, layout: _Layout) -> InputBatch:
+    def _input_batch(self, layout: Layout) -> InputBatch:
         slots, counts, starts = layout.rows.slots, layout.rows.num_scheduled_tokens, layout.starts
         num_blocks, num_known, num_prompt, computed = self._counts[slots].T
         context_lens = computed + counts
         longest = int(context_lens.max(initial=0))
         if longest > self._max_model_len or (context_lens > num_blocks * self.block_size).any():
             raise GroupError(_PAST_BLOCKS)
+        scored = NONE_SCORED
         if layout.is_decode:
             token_slots, positions = slots, computed.astype(np.int64)
             from_last_token = computed >= num_known
@@ -273,6 +265,7 @@ class BatchState:
             positions = np.arange(starts[-1], dtype=np.int64) + np.repeat(computed - starts[:-1], counts)
             from_last_token = positions >= np.repeat(num_known, counts)
             output_positions = np.subtract(context_lens, num_prompt, dtype=np.int64)[layout.sample_rows]
+            scored = scored_tokens(layout, computed, num_prompt)
         if output_positions.min(initial=0) < 0:
             raise GroupError("a row samples inside its prompt")
         block_indices, offsets = np.divmod(positions, self.block_size)
@@ -280,6 +273,7 @@ class BatchState:
         slot_mapping += offsets
         widest = -(-longest // self.block_size)
         self.num_computed_tokens[slots] = context_lens
+        scored_num_logprobs = self._scored_num_logprobs(scored, len(layout.sample_rows))
         return InputBatch(
             slots=slots,
             query_starts=starts,
@@ -290,12 +284,22 @@ class BatchState:
             token_slots=token_slots,
             positions=positions,
             slot_mapping=slot_mapping,
-            sample_rows=layout.sample_rows,
+            sample_tokens=_with(layout.sample_tokens, scored.sample_tokens),
             sample_slots=layout.sample_slots,
-            output_positions=output_positions,
-            sampling=self.sampling.rows(layout.sample_slots, output_positions),
+            scored_token_ids=self.known_tokens[scored.slots, scored.prompt_positions],
+            output_positions=_with(output_positions, np.zeros_like(scored.prompt_positions)),
+            sampling=self.sampling.rows(layout.sample_slots, output_positions, scored_num_logprobs),
             histories=tuple(self._histories),
         )
+
+    def _scored_num_logprobs(self, scored: Scored, num_samples: int) -> Int32Array:
+        """Raises GroupError where tokens must not be scored."""
+        num_logprobs = self._num_prompt_logprobs[scored.slots]
+        if num_logprobs.min(initial=0) < 0:
+            raise GroupError("a row scores where its sequence wants no prompt logprobs")
+        if len(num_logprobs) + num_samples > self._max_num_seqs:
+            raise GroupError(f"{len(num_logprobs)} tokens scored, {num_samples} sampled; {self._max_num_seqs} at most")
+        return num_logprobs
 
     def _token_ids(self, token_slots: Int32Array, positions: Int64Array, from_last_token: BoolArray) -> Int32Array:
         token_ids = np.zeros(len(positions), dtype=np.int32)
@@ -346,3 +350,7 @@ class BatchState:
             histories=(),
         )
         return run.batch
+
+
+def _with(values: Int64Array, more: Int64Array) -> Int64Array:
+    return np.concatenate((values, more)) if len(more) else values

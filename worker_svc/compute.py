@@ -11,7 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from queue import SimpleQueue
 
+import numpy as np
+
 from albireo.ledger import Ledger
+from albireo.logprobs import places_where
 from albireo.plan import StepPlan, StepResult
 from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState, InputBatch
@@ -83,6 +86,7 @@ def run_steps(
     report: Callable[[StepResult], None],
     guard: Callable[[], AbstractContextManager[None]],
     ledger: Ledger,
+    step_completed: Callable[[], int],
 ) -> None:
     """Runs steps until the queue ends; the compute thread's loop.
 
@@ -90,6 +94,7 @@ def run_steps(
         report: called from this thread, in the order of the steps.
         guard: each step runs inside one of these.
         ledger: gets a row of `RANK_COLUMNS` for each step.
+        step_completed: told of each; returns for how long KV transfers ran since the one before, ns.
     Raises GroupError when the engine has lost a peer.
     """
     last_end_ns = 0
@@ -101,9 +106,20 @@ def run_steps(
             return
         prepared, times = launched.prepared, output.times
         timings = _timings(prepared, times, last_end_ns)
-        report(StepResult(prepared.epoch, prepared.step_id, output.token_ids, timings, output.logprobs))
-        _record(ledger, launched, times)
+        report(step_result(prepared, output, timings))
+        _record(ledger, launched, times, step_completed())
         last_end_ns = times.end_at_ns
+
+
+def step_result(step: PreparedStep, output: StepOutput, timings: plan_pb2.StepTimings) -> StepResult:
+    """Parts what was sampled from what was scored."""
+    num_sampled, told = len(step.batch.sample_slots), output.logprobs
+    token_ids = output.token_ids[:num_sampled]
+    if told is None or not len(step.batch.scored_token_ids):
+        return StepResult(step.epoch, step.step_id, token_ids, timings, told)
+    is_sampled = np.arange(len(output.token_ids)) < num_sampled
+    sampled, scored = (told.of_tokens(places_where(which)) for which in (is_sampled, ~is_sampled))
+    return StepResult(step.epoch, step.step_id, token_ids, timings, sampled if len(sampled.indices) else None, scored)
 
 
 def _launch(engine: Engine, step: PreparedStep) -> LaunchedStep:
@@ -138,7 +154,7 @@ def _timings(step: PreparedStep, times: StepTimes, last_end_ns: int) -> plan_pb2
     )
 
 
-def _record(ledger: Ledger, launched: LaunchedStep, times: StepTimes) -> None:
+def _record(ledger: Ledger, launched: LaunchedStep, times: StepTimes, kv_ns: int) -> None:
     step = launched.prepared
     ledger.add(
         step.step_id,
@@ -150,7 +166,7 @@ def _record(ledger: Ledger, launched: LaunchedStep, times: StepTimes) -> None:
         times.forward_ns,
         times.sample_ns,
         times.collective_ns,
-        0,
+        kv_ns,
         len(step.batch.slots),
         len(step.batch.positions),
     )

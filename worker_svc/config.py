@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 
 from albireo.config import flag
+from albireo.security import SecurityFlags
+from albireo.tracing import OtlpFlags
 from worker_svc.stub.roofline import DEVICES, MODELS
 
 
 @dataclass(frozen=True)
-class WorkerConfig:
+class WorkerConfig(SecurityFlags, OtlpFlags):
     """Flags of ``python -m worker_svc``: one worker group on this host."""
 
     model: str = flag("demo", "model directory, Hub id, or 'demo'")
@@ -28,6 +30,9 @@ class WorkerConfig:
     max_model_len: int = flag(0, "longest sequence, tokens; 0: the model's")
     max_num_batched_tokens: int = flag(0, "tokens of one step; 0: 512 on a CPU, 4096 on a GPU")
     kv_cache_gib: float = flag(0.0, "KV cache of each rank, GiB; 0: what all sequences need, within the memory")
+    kv_store: str = flag(
+        "", "KV store: unix:path of its arena's socket, or its host:port if that is another host; empty: none"
+    )
     listen: str = flag("127.0.0.1:50052", "address of the group's leader: host:port or unix:path")
     run_dir: str = flag("", "directory for sockets and logs of this group; default: a temporary one")
     metrics_port: int = flag(0, "Prometheus metrics of the leader on this port of 127.0.0.1; 0: none")

@@ -10,8 +10,9 @@ from albireo.errors import ConfigError
 from albireo.logprobs import Logprobs
 from albireo.model_spec import ModelSpec
 from worker_svc.batch import InputBatch
+from worker_svc.kv_parts import KvCopies, KvShape
 
-BLOCK_SIZE = 32  # tokens; the KV store's canonical layout will count on it
+BLOCK_SIZE = 32  # tokens; the KV store's parts count on it
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -61,7 +62,8 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What an engine turned out to be; ``num_blocks`` may differ between ranks, the group takes the smallest."""
+    """What an engine turned out to be; ``num_blocks`` may differ between ranks, the group takes the smallest. ``kv``:
+    how its blocks lie in a KV store."""
 
     device: str
     dtype: str
@@ -69,6 +71,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     num_blocks: int
+    kv: KvShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,9 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """Tokens [S] of a step's sampling rows, identical on every rank (an engine whose tokens mean nothing may leave them
-    out on all ranks but the first), and the step's times. ``logprobs``: of the rows that want them; rank 0 has them,
-    others may."""
+    """Tokens [S] of a step's sampling rows, also of those that score: identical on every rank (an engine whose tokens
+    mean nothing may leave them out on all ranks but the first), and the step's times. ``logprobs``: of the rows that
+    want them; rank 0 has them, others may."""
 
     token_ids: Int32Array
     times: StepTimes
@@ -112,7 +115,7 @@ class Engine(Protocol):
 
     All ranks of a group make the same calls in the same order from `join` on; `join`, `launch` and the step's `resolve`
     raise GroupError when a peer is lost. No wait for a peer is endless. One thread makes all calls, but for `abort`,
-    and for `launch` where that is asynchronous.
+    for what `copies` gives, and for `launch` where that is asynchronous.
     """
 
     name: str
@@ -130,6 +133,9 @@ class Engine(Protocol):
 
     def allocate(self, num_blocks: int) -> None:
         """Makes a KV cache of the group's number of blocks; keeps the one that is there when the number is the same."""
+
+    def copies(self) -> KvCopies:
+        """The blocks of the cache, for transfers; valid from `allocate` to the next `allocate` or `close`."""
 
     def launch(self, batch: InputBatch) -> PendingStep:
         """Starts forward and sampling of one step."""

@@ -1,14 +1,16 @@
 """A rank that is not the leader, as its compute thread sees it."""
 
+import contextlib
 import threading
 import time
 from pathlib import Path
 
 from albireo.errors import GroupError
 from albireo.plan import StepResult, decode_plan
+from albireo.transfers import TransferResult, encode_transfer_result
 from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState
-from worker_svc.compute import prepare
+from worker_svc.intake import Intake
 from worker_svc.life import Meeting, Membership
 from worker_svc.relay import RelayClient
 
@@ -20,6 +22,7 @@ class Follower:
         self._rank = rank
         self._relay_path = relay_path
         self._relay: RelayClient | None = None
+        self.loop = None  # it has no gRPC
 
     def report_progress(self, stage: str, progress: float) -> None:
         """The leader reports its own."""
@@ -39,6 +42,11 @@ class Follower:
     def report(self, result: StepResult) -> None:
         """The leader reports the same."""
 
+    def report_transfer(self, result: TransferResult) -> None:
+        assert self._relay is not None
+        with contextlib.suppress(GroupError):  # a leader that is gone breaks the group by its silence
+            self._relay.send_transferred(encode_transfer_result(result).SerializeToString())
+
     def part(self, reason: str) -> None:
         if self._relay is not None:
             self._relay.close()
@@ -50,9 +58,14 @@ class Follower:
 def _receive_plans(relay: RelayClient, state: BatchState, membership: Membership) -> None:
     """The I/O thread of one group."""
     try:
+        data = relay.receive_plan()  # none comes before all ranks are ready, as this one's transfers then are
+        intake = Intake(state, membership.steps, membership.transfers)
         while True:
-            data = relay.receive_plan()
             received_at_ns = time.monotonic_ns()
-            membership.steps.put(prepare(state, decode_plan(data), received_at_ns))
+            if data is not None:
+                intake.take(decode_plan(data), received_at_ns)
+            elif membership.transfers is not None:
+                membership.transfers.abandon()
+            data = relay.receive_plan()
     except GroupError as error:
         membership.break_up(str(error))

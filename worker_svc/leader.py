@@ -12,12 +12,15 @@ from grpc import aio
 from albireo import rpc
 from albireo.metrics import serve_metrics
 from albireo.plan import StepResult
+from albireo.security import Security
+from albireo.tracing import Tracer
+from albireo.transfers import TransferResult, decode_transfer_result
 from albireo.v1 import plan_pb2
 from worker_svc import ledgers
 from worker_svc.ledgers import GroupLedgers
 from worker_svc.life import Meeting, Membership
 from worker_svc.plan_stream import SERVICE_NAME, WorkerGroup
-from worker_svc.relay import Kind, RelayServer
+from worker_svc.relay import RelayServer
 
 Result = TypeVar("Result")
 
@@ -26,21 +29,28 @@ class Leader:
     """Gathers the ranks of each group, and serves its planner. Methods with an underscore run on the I/O thread."""
 
     def __init__(
-        self, tp_size: int, listen: str, relay_path: Path, metrics_port: int, group_ledgers: GroupLedgers
+        self,
+        tp_size: int,
+        listen: str,
+        relay_path: Path,
+        metrics_port: int,
+        group_ledgers: GroupLedgers,
+        security: Security,
+        tracer: Tracer | None,
     ) -> None:
-        self._loop = uvloop.new_event_loop()
-        self._relay = RelayServer(tp_size - 1, self._lose)
-        self._group = WorkerGroup(lambda plan: self._relay.send_all(Kind.PLAN, plan))
+        self.loop = uvloop.new_event_loop()
+        self._relay = RelayServer(tp_size - 1, self._lose, self._take_transferred)
+        self._group = WorkerGroup(tp_size, self._relay.send_all, tracer)
         self._ledgers = group_ledgers
         self._membership: Membership | None = None
         self._server: aio.Server | None = None
         self._health: rpc.Health | None = None
         self._tasks: set[asyncio.Task[None]] = set()  # references: the loop itself holds none
-        threading.Thread(target=self._loop.run_forever, name="io", daemon=True).start()
-        self._call(self._start(listen, relay_path, metrics_port))
+        threading.Thread(target=self.loop.run_forever, name="io", daemon=True).start()
+        self._call(self._start(listen, relay_path, metrics_port, security))
 
     def report_progress(self, stage: str, progress: float) -> None:
-        self._loop.call_soon_threadsafe(self._group.report_progress, stage, progress)
+        self.loop.call_soon_threadsafe(self._group.report_progress, stage, progress)
 
     def meet(self, membership: Membership, info: plan_pb2.GroupInfo) -> Meeting:
         return self._call(self._meet(membership, info.num_blocks))
@@ -49,26 +59,29 @@ class Leader:
         self._call(self._become_ready(membership, info))
 
     def report(self, result: StepResult) -> None:
-        self._loop.call_soon_threadsafe(self._group.put_result, result)
+        self.loop.call_soon_threadsafe(self._group.put_result, result)
+
+    def report_transfer(self, result: TransferResult) -> None:
+        self.loop.call_soon_threadsafe(self._group.put_transfer, result)
 
     def part(self, reason: str) -> None:
-        self._loop.call_soon_threadsafe(self._part, reason)
+        self.loop.call_soon_threadsafe(self._part, reason)
 
     def close(self) -> None:
         self._call(self._stop())
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Runs ``work`` on the I/O thread and waits for it."""
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def _start(self, listen: str, relay_path: Path, metrics_port: int) -> None:
+    async def _start(self, listen: str, relay_path: Path, metrics_port: int, security: Security) -> None:
         await self._relay.listen(relay_path)
-        self._server = rpc.make_server(for_peers=True)
+        self._server = rpc.make_server(for_peers=True, security=security)
         self._server.add_generic_rpc_handlers((self._group.handlers(), self._ledgers.handlers()))
         self._health = await rpc.add_health(self._server, [SERVICE_NAME, ledgers.SERVICE_NAME])
-        self._server.add_insecure_port(listen)
+        rpc.listen(self._server, listen, security)
         await self._server.start()
-        serve_metrics(metrics_port)
+        serve_metrics(metrics_port, security)
         self._run(self._ledgers.keep_folding())
 
     async def _meet(self, membership: Membership, num_blocks: int) -> Meeting:
@@ -78,12 +91,15 @@ class Leader:
 
     async def _become_ready(self, membership: Membership, info: plan_pb2.GroupInfo) -> None:
         await self._relay.wait_until_ready(membership.check)
-        self._group.set_ready(info, membership.steps)
+        self._group.set_ready(info, membership.steps, membership.transfers)
         await self._show_health()
 
     def _lose(self, rank: int) -> None:
         assert self._membership is not None
         self._membership.break_up(f"rank {rank} is gone")
+
+    def _take_transferred(self, payload: bytes) -> None:
+        self._group.put_transfer(decode_transfer_result(plan_pb2.TransferResult.FromString(payload)))
 
     def _part(self, reason: str) -> None:
         self._group.set_broken(reason)
@@ -91,7 +107,7 @@ class Leader:
         self._run(self._show_health())
 
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(work)
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -20,10 +20,12 @@ import structlog
 from albireo.errors import GroupError
 from albireo.ledger import Ledger
 from albireo.plan import StepResult
+from albireo.transfers import TransferResult
 from albireo.v1 import plan_pb2
 from albireo.watchdog import Watchdog
 from worker_svc.compute import StepQueue, run_steps
 from worker_svc.engine import Engine
+from worker_svc.transfers import KvStore, Transfers
 
 _LEAVE_WITHIN_S = 4.0
 _FORM_WITHIN_S = 120.0  # from the meeting on; a large cache takes its time
@@ -68,6 +70,7 @@ class Membership:
 
     def __init__(self, engine: Engine, deadlines: Deadlines, on_break: Callable[[str], None]) -> None:
         self.steps = StepQueue(engine if engine.is_asynchronous else None)
+        self.transfers: Transfers | None = None  # from `begin_transfers` on, where there is a KV store
         self._engine = engine
         self._deadlines = deadlines
         self._on_break = on_break
@@ -84,6 +87,12 @@ class Membership:
         if self._reason:
             raise GroupError(self._reason)
 
+    def begin_transfers(self, store: KvStore, num_blocks: int, report: Callable[[TransferResult], None]) -> None:
+        """Called by the compute thread, once the cache is there."""
+        with self._lock:
+            self.check()
+            self.transfers = Transfers(store, self._engine.copies(), num_blocks, report, self.break_up)
+
     def break_up(self, reason: str) -> None:
         """The group is broken: gets the compute thread out of it. The first reason counts."""
         with self._lock:
@@ -93,6 +102,8 @@ class Membership:
             log.warning("the group is broken", reason=reason)
             self._deadlines.start("leaving a broken group", _LEAVE_WITHIN_S)
             self.steps.end()
+            if self.transfers is not None:
+                self.transfers.end()
             self._on_break(reason)  # before the abort: an aborted step may complete with wrong tokens
             self._engine.abort()
 
@@ -100,6 +111,9 @@ class Membership:
         """Called by the compute thread, which is out of the group's steps."""
         with self._lock:
             self._has_left = True  # a late abort would hit the next group
+        if self.transfers is not None:  # this rank writes nothing any more when it meets the others again
+            self.transfers.end()
+            self.transfers.wait_until_ended()
         self._engine.leave()
         self._deadlines.stop("leaving a broken group")
 
@@ -124,6 +138,9 @@ class Role(Protocol):
     def report(self, result: StepResult) -> None:
         """A step has run."""
 
+    def report_transfer(self, result: TransferResult) -> None:
+        """This rank is through with a transfer. Called by the copying thread."""
+
     def part(self, reason: str) -> None:
         """Tells the others that the group is broken. Any thread; must not wait."""
 
@@ -140,16 +157,18 @@ class Life:
         self._is_stopping = False
         call_at_sigterm(self._stop)
 
-    def run(self, engine: Engine, role: Role, info: plan_pb2.GroupInfo) -> None:
+    def run(self, engine: Engine, role: Role, info: plan_pb2.GroupInfo, store: KvStore | None = None) -> None:
         num_failures = 0
         while True:
             membership = self._membership = Membership(engine, self._deadlines, role.part)
             if self._is_stopping:  # looked at after the membership is there to be broken
                 return
             try:
-                self._form(engine, role, membership, info)
+                self._form(engine, role, membership, info, store)
                 num_failures = 0
-                run_steps(engine, membership.steps, role.report, self._step_guard, self._ledger)
+                transfers = membership.transfers
+                step_completed = transfers.step_completed if transfers is not None else _no_transfers
+                run_steps(engine, membership.steps, role.report, self._step_guard, self._ledger, step_completed)
             except GroupError as error:
                 membership.break_up(str(error))
                 num_failures += 1
@@ -157,7 +176,9 @@ class Life:
             if num_failures > 1:  # a broken group is formed again at once, but not over and over
                 time.sleep(min(0.05 * 2**num_failures, _MAX_PAUSE_S))
 
-    def _form(self, engine: Engine, role: Role, membership: Membership, info: plan_pb2.GroupInfo) -> None:
+    def _form(
+        self, engine: Engine, role: Role, membership: Membership, info: plan_pb2.GroupInfo, store: KvStore | None
+    ) -> None:
         meeting = role.meet(membership, info)
         agreed = plan_pb2.GroupInfo()
         agreed.CopyFrom(info)
@@ -165,6 +186,8 @@ class Life:
         with self._deadlines.within(_FORM_WITHIN_S, "forming a group"):
             engine.join(meeting.name)
             engine.allocate(meeting.num_blocks)
+            if store is not None:
+                membership.begin_transfers(store, meeting.num_blocks, role.report_transfer)
             role.become_ready(membership, agreed)
         self._watchdog.ready()
         log.info("group is ready", num_blocks=meeting.num_blocks, tp_size=info.tp_size, engine=info.engine)
@@ -178,6 +201,10 @@ class Life:
             self._membership.break_up("asked to stop")
             time.sleep(_STOP_WITHIN_S)  # the process may end meanwhile
         os._exit(0)
+
+
+def _no_transfers() -> int:
+    return 0
 
 
 def call_at_sigterm(stop: Callable[[], None]) -> None:

@@ -2,9 +2,12 @@
 
 A plan is prepared and handed to our own engine first, then relayed: the other ranks launch a moment later instead of
 everyone. Plans and results pass as bytes, so that each is coded only once.
+
+Transfers of a stream do not outlive it: the next one is not read from before they have ended on all ranks.
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,15 +18,23 @@ from grpc import aio
 
 from albireo.errors import GroupError
 from albireo.metrics import Readings
-from albireo.plan import StepResult, decode_plan, encode_result
+from albireo.plan import StepResult, decode_plan, encode_result, transfers_result
+from albireo.tracing import Tracer
+from albireo.transfers import TransferResult
 from albireo.v1 import plan_pb2
 from worker_svc.batch import BatchState
-from worker_svc.compute import StepQueue, prepare
+from worker_svc.compute import StepQueue
+from worker_svc.device_spans import DeviceSpans
+from worker_svc.intake import Intake
+from worker_svc.relay import Kind
+from worker_svc.transfer_board import TransferBoard
+from worker_svc.transfers import Transfers
 
 SERVICE_NAME = "albireo.v1.WorkerGroup"
 
 # A planner has a few plans in flight; one that sends more does not wait for results, and memory would not bound it.
 MAX_PLANS_QUEUED = 16
+_ABANDON_WITHIN_S = 5.0
 
 log = structlog.get_logger()
 
@@ -31,10 +42,10 @@ log = structlog.get_logger()
 class _PlanStream:
     """One planner's stream."""
 
-    def __init__(self, state: BatchState) -> None:
-        self.state = state  # of this stream alone: nothing of a plan that was half applied survives it
+    def __init__(self, intake: Intake) -> None:
+        self.intake = intake  # with a state of this stream alone: nothing of a plan that was half applied survives it
         self.epoch = 0
-        self.num_taken = self.num_left = 0  # plans taken; results that have left
+        self.num_taken = self.num_left = 0  # steps taken; their results that have left
         self.results: asyncio.Queue[StepResult | None] = asyncio.Queue()  # None ends it
         self.status: grpc.StatusCode | None = None
         self.reason = ""
@@ -51,13 +62,17 @@ class _PlanStream:
 
 
 class WorkerGroup:
-    """The servicer of albireo.v1.WorkerGroup. ``send_plan`` relays a plan to the other ranks."""
+    """The servicer of albireo.v1.WorkerGroup. ``send`` relays to the other ranks."""
 
-    def __init__(self, send_plan: Callable[[bytes], None]) -> None:
-        self._send_plan = send_plan
+    def __init__(self, tp_size: int, send: Callable[[Kind, bytes], None], tracer: Tracer | None = None) -> None:
+        self._tp_size = tp_size
+        self._send = send
+        self._spans = DeviceSpans(tracer) if tracer is not None else None
         self._stage, self._progress = "starting", 0.0
         self._info: plan_pb2.GroupInfo | None = None  # when ready
         self._steps = StepQueue()
+        self._transfers: Transfers | None = None
+        self._board = TransferBoard(tp_size)
         self._stream: _PlanStream | None = None
         self._epoch = self._next_step_id = 0
         self._num_formings = self._num_steps = self._num_tokens = 0
@@ -83,12 +98,13 @@ class WorkerGroup:
     def report_progress(self, stage: str, progress: float) -> None:
         self._stage, self._progress = stage, progress
 
-    def set_ready(self, info: plan_pb2.GroupInfo, steps: StepQueue) -> None:
-        self._info, self._steps = info, steps
+    def set_ready(self, info: plan_pb2.GroupInfo, steps: StepQueue, transfers: Transfers | None) -> None:
+        self._info, self._steps, self._transfers = info, steps, transfers
         self._num_formings += 1
 
     def set_broken(self, reason: str) -> None:
         self._info = None
+        self._board.clear()  # no rank comes to the next meeting before its transfers have ended
         self.report_progress("meeting the other ranks", 1.0)
         if self._stream is not None:
             self._stream.end(grpc.StatusCode.UNAVAILABLE, f"the worker group is broken: {reason}")
@@ -97,9 +113,17 @@ class WorkerGroup:
         """A step of ours has run; called in order."""
         self._num_steps += 1
         self._num_tokens += len(result.token_ids)
+        if self._spans is not None:
+            self._spans.ran(result.step_id)
         log.debug("step ran", step_id=result.step_id, num_tokens=len(result.token_ids), rank=0)
         if self._stream is not None and result.epoch == self._stream.epoch:  # others are for a planner that is gone
             self._stream.results.put_nowait(result)
+
+    def put_transfer(self, result: TransferResult) -> None:
+        """One of the ranks is through with a transfer."""
+        combined = self._board.add(result)
+        if combined is not None and self._stream is not None and self._stream.epoch == self._epoch:
+            self._stream.results.put_nowait(transfers_result(self._stream.epoch, (combined,)))
 
     async def get_status(
         self, _request: plan_pb2.GetStatusRequest, _context: "aio.ServicerContext[Any, Any]"
@@ -121,17 +145,31 @@ class WorkerGroup:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"the worker group is not complete: {self._stage}")
         if self._stream is not None:
             self._stream.end(grpc.StatusCode.ABORTED, "another planner took over")
-        stream = self._stream = _PlanStream(BatchState.of_group(self._info, self._info.num_blocks))
+        state = BatchState.of_group(self._info, self._info.num_blocks)
+        stream = self._stream = _PlanStream(Intake(state, self._steps, self._transfers))
+        if not await self._end_transfers():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "transfers of the stream before have not ended")
+        await context.send_initial_metadata(())
         reader = asyncio.create_task(self._read_plans(plans, stream))
         try:
             while (result := await stream.results.get()) is not None:
                 yield encode_result(result)
-                stream.num_left += 1
+                stream.num_left += not result.only_transfers
         finally:
             reader.cancel()
             stream.end(grpc.StatusCode.CANCELLED)
         if stream.status is not None and stream.status is not grpc.StatusCode.OK:
             await context.abort(stream.status, stream.reason)
+
+    async def _end_transfers(self) -> bool:
+        """Has all ranks abandon the transfers under way, and waits for that; whether it came to pass."""
+        if self._transfers is not None and not self._board.is_clear.is_set():
+            self._transfers.abandon()
+            self._send(Kind.ABANDON, b"")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ABANDON_WITHIN_S):
+                await self._board.is_clear.wait()
+        return self._board.is_clear.is_set()
 
     async def _read_plans(self, plans: AsyncIterator[bytes], stream: _PlanStream) -> None:
         try:
@@ -149,16 +187,18 @@ class WorkerGroup:
 
     def _take_plan(self, data: bytes, stream: _PlanStream, received_at_ns: int) -> None:
         plan = decode_plan(data)
-        if not (plan.epoch == stream.epoch if stream.num_taken else plan.epoch > self._epoch):
+        if not (plan.epoch == stream.epoch if stream.epoch else plan.epoch > self._epoch):
             raise GroupError(f"plan of epoch {plan.epoch} after epoch {self._epoch}")
         if stream.num_queued >= MAX_PLANS_QUEUED:
             raise GroupError(f"step {plan.step_id}: {stream.num_queued} plans are queued already")
-        step = prepare(stream.state, plan, received_at_ns)
+        stream.intake.take(plan, received_at_ns)
         stream.epoch = self._epoch = plan.epoch
-        self._next_step_id = plan.step_id + 1
-        stream.num_taken += 1
-        self._steps.put(step)
-        self._send_plan(data)
+        self._next_step_id = plan.step_id + (not plan.only_transfers)
+        stream.num_taken += not plan.only_transfers
+        self._board.put(plan.transfers)
+        self._send(Kind.PLAN, data)
+        if self._spans is not None and not plan.only_transfers:
+            self._spans.planned(plan, received_at_ns)
 
     def _make_metrics(self) -> Readings:
         counters: dict[str, tuple[str, Callable[[], float]]] = {

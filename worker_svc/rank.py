@@ -9,32 +9,45 @@ from albireo.errors import ConfigError
 from albireo.ledger import RANK_COLUMNS, Ledger
 from albireo.model_spec import resolve_model
 from albireo.placement import may_have_gpu
+from albireo.security import load_security
+from albireo.tracing import Tracer, open_tracer
 from albireo.v1 import plan_pb2
 from albireo.watchdog import Watchdog
 from worker_svc.config import WorkerConfig
 from worker_svc.engine import BLOCK_SIZE, Engine, EngineConfig, EngineInfo, Progress
 from worker_svc.follower import Follower
+from worker_svc.kv_store import make_kv_store
 from worker_svc.leader import Leader
 from worker_svc.ledgers import GroupLedgers, ledger_path
 from worker_svc.life import Deadlines, Life
 from worker_svc.relay import NoLeaderError
+from worker_svc.transfers import KvStore
 
 log = structlog.get_logger()
 
 
 def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     """Runs rank ``config.rank`` until SIGTERM; returns the process's exit status."""
+    # Of the group only the leader traces: all ranks do the same.
+    with open_tracer("rank-0", config.otlp_endpoint if config.rank == 0 else "") as tracer:
+        return _run(config, run_dir, watchdog, tracer)
+
+
+def _run(config: WorkerConfig, run_dir: Path, watchdog: Watchdog, tracer: Tracer | None) -> int:
     deadlines = Deadlines()
     watchdog.start_thread(deadlines.check)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started the group decides when it ends
     ledger = Ledger(f"rank-{config.rank}", RANK_COLUMNS, path=ledger_path(run_dir, config.rank))
     life = Life(watchdog, deadlines, config.step_timeout, ledger)
-    role = _make_role(config, run_dir, ledger)
+    role = _make_role(config, run_dir, ledger, tracer)
     engine_config, engine = make_engine(config, run_dir, role.report_progress)
     info = engine.load(role.report_progress)
     log.info("weights are loaded", num_blocks=info.num_blocks)
+    store = None
+    if config.kv_store:
+        store = make_kv_store(config.kv_store, engine_config, info, load_security(config), role.loop)
     try:
-        life.run(engine, role, _group_info(engine.name, engine_config, info))
+        life.run(engine, role, _group_info(engine.name, engine_config, info, config.kv_store, store), store)
     except NoLeaderError as error:
         log.error("this rank ends", error=str(error))
         return 1
@@ -44,12 +57,13 @@ def run_rank(config: WorkerConfig, run_dir: Path, watchdog: Watchdog) -> int:
     return 0
 
 
-def _make_role(config: WorkerConfig, run_dir: Path, ledger: Ledger) -> Leader | Follower:
+def _make_role(config: WorkerConfig, run_dir: Path, ledger: Ledger, tracer: Tracer | None) -> Leader | Follower:
     """Made before the weights are loaded: a leader tells how far that is, and those that survived the last one wait."""
     relay_path = run_dir / "relay.sock"
     if config.rank == 0:
         ledgers = GroupLedgers(run_dir, config.tp, ledger)
-        return Leader(config.tp, config.listen, relay_path, config.metrics_port, ledgers)
+        security = load_security(config)
+        return Leader(config.tp, config.listen, relay_path, config.metrics_port, ledgers, security, tracer)
     return Follower(config.rank, relay_path)
 
 
@@ -121,7 +135,14 @@ def _eager_engine(config: EngineConfig) -> Engine:
     return TorchEngine(config)
 
 
-def _group_info(engine: str, config: EngineConfig, info: EngineInfo) -> plan_pb2.GroupInfo:
+def _group_info(
+    engine: str, config: EngineConfig, info: EngineInfo, arena: str, store: KvStore | None
+) -> plan_pb2.GroupInfo:
+    kv_layout = None
+    if store is not None:
+        kv_layout = plan_pb2.KvLayout(
+            fingerprint=store.fingerprint, num_parts=info.kv.num_parts, part_bytes=info.kv.part_bytes, arena=arena
+        )
     return plan_pb2.GroupInfo(
         engine=engine,
         device=info.device,
@@ -134,4 +155,5 @@ def _group_info(engine: str, config: EngineConfig, info: EngineInfo) -> plan_pb2
         max_num_seqs=config.max_num_seqs,
         max_model_len=info.max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_layout=kv_layout,
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 
 from albireo.errors import GroupError
+from albireo.identity import check_same_user
 from worker_svc.life import Meeting
 
 _HEADER = struct.Struct("<BI")
@@ -32,13 +33,15 @@ log = structlog.get_logger()
 
 
 class Kind(enum.IntEnum):
-    """What a frame says. Rank to leader: HELLO rank and num_blocks, READY. Leader to rank: ALLOCATE, a `Meeting`; PLAN,
-    bytes of a StepPlan."""
+    """What a frame says. Rank to leader: HELLO rank and num_blocks, READY, TRANSFERRED, bytes of a TransferResult.
+    Leader to rank: ALLOCATE, a `Meeting`; PLAN, bytes of a StepPlan; ABANDON the transfers of all plans so far."""
 
     HELLO = 1
     READY = 2
     ALLOCATE = 3
     PLAN = 4
+    TRANSFERRED = 5
+    ABANDON = 6
 
 
 class NoLeaderError(Exception):
@@ -62,12 +65,15 @@ class _Peer:
 class RelayServer:
     """The leader's side, on its I/O loop: ranks that wait for the next group, and the members of this one.
 
-    ``on_lost`` is called when the connection of a member ends.
+    Args:
+        on_lost: called when the connection of a member ends.
+        on_transferred: called with each TRANSFERRED frame's payload.
     """
 
-    def __init__(self, num_peers: int, on_lost: Callable[[int], None]) -> None:
+    def __init__(self, num_peers: int, on_lost: Callable[[int], None], on_transferred: Callable[[bytes], None]) -> None:
         self._num = num_peers
         self._on_lost = on_lost
+        self._on_transferred = on_transferred
         self._waiting: dict[int, _Peer] = {}
         self._members: dict[int, _Peer] = {}
         self._changed = asyncio.Event()
@@ -118,15 +124,15 @@ class RelayServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peer = None
         try:
+            check_same_user(writer.get_extra_info("socket"))
             kind, payload = await _read_frame(reader)
             rank, num_blocks = _HELLO.unpack(payload)
             if kind is not Kind.HELLO or not 1 <= rank <= self._num:
                 raise ValueError(f"{kind.name} of rank {rank}")
             peer = _Peer(rank, num_blocks, writer)
             self._admit(peer)
-            while (await _read_frame(reader))[0] is Kind.READY:
-                peer.is_ready = True
-                self._changed.set()
+            while True:
+                self._take(peer, *await _read_frame(reader))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
         except (ValueError, struct.error) as error:
@@ -135,6 +141,16 @@ class RelayServer:
             writer.transport.abort()
             if peer is not None:
                 self._drop(peer)
+
+    def _take(self, peer: _Peer, kind: Kind, payload: bytes) -> None:
+        match kind:
+            case Kind.READY:
+                peer.is_ready = True
+                self._changed.set()
+            case Kind.TRANSFERRED:
+                self._on_transferred(payload)
+            case _:
+                raise ValueError(f"{kind.name} of rank {peer.rank}")
 
     def _admit(self, peer: _Peer) -> None:
         former = self._waiting.pop(peer.rank, None)
@@ -169,13 +185,23 @@ class RelayClient:
         self._send(frame(Kind.HELLO, _HELLO.pack(rank, num_blocks)))
 
     def receive_meeting(self) -> Meeting:
-        return Meeting(*_MEETING.unpack(self._receive(Kind.ALLOCATE)))
+        kind, payload = self._receive()
+        if kind is not Kind.ALLOCATE:
+            raise GroupError(f"{kind.name} of the leader where {Kind.ALLOCATE.name} was expected")
+        return Meeting(*_MEETING.unpack(payload))
 
     def send_ready(self) -> None:
         self._send(frame(Kind.READY))
 
-    def receive_plan(self) -> bytes:
-        return self._receive(Kind.PLAN)
+    def send_transferred(self, result: bytes) -> None:
+        self._send(frame(Kind.TRANSFERRED, result))
+
+    def receive_plan(self) -> bytes | None:
+        """The next plan; None: all transfers so far are to be abandoned."""
+        kind, payload = self._receive()
+        if kind not in (Kind.PLAN, Kind.ABANDON):
+            raise GroupError(f"{kind.name} of the leader where {Kind.PLAN.name} was expected")
+        return payload if kind is Kind.PLAN else None
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
@@ -187,19 +213,19 @@ class RelayClient:
         except OSError as error:
             raise GroupError(f"the leader is gone: {error}") from error
 
-    def _receive(self, wanted: Kind) -> bytes:
-        """The next frame's payload; GroupError when the leader is gone."""
+    def _receive(self) -> tuple[Kind, bytes]:
+        """The next frame; GroupError when the leader is gone."""
         try:
-            header = self._file.read(_HEADER.size)
-            kind, length = _HEADER.unpack(header) if len(header) == _HEADER.size else (wanted, 0)
-            payload = bytes(self._file.read(length))
+            kind, length = _HEADER.unpack(self._read(_HEADER.size))
+            return Kind(kind), self._read(length)
         except (OSError, ValueError) as error:
             raise GroupError(f"the leader is gone: {error}") from error
-        if len(header) < _HEADER.size or len(payload) < length:
+
+    def _read(self, num_bytes: int) -> bytes:
+        data = bytes(self._file.read(num_bytes))
+        if len(data) < num_bytes:
             raise GroupError("the leader is gone")
-        if kind != wanted:
-            raise GroupError(f"a frame of kind {kind} where {wanted.name} was expected")
-        return payload
+        return data
 
 
 def connect_when_there(path: Path, timeout_s: float, check: Callable[[], None]) -> socket.socket:

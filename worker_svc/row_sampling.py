@@ -3,8 +3,10 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from albireo.arrays import (
+    EMPTY_INT32,
     BoolArray,
     Float32Array,
     Int32Array,
@@ -60,7 +62,7 @@ class RowEdits:
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """Sampling parameters of a step's sampling rows; arrays [S], S rows.
+    """Sampling parameters of a step's sampling rows; arrays [S], S rows. Rows that score have none but num_logprobs.
 
     Attributes:
         temperature: 0 means greedy.
@@ -141,10 +143,20 @@ class SlotSampling:
         self._edits[slot] = edits if has_edits or len(edits.below_min_tokens.ids) else None
         return has_penalties or bool(edits.always.bad_words)
 
-    def rows(self, slots: Int32Array, output_positions: Int64Array) -> RowSampling:
-        """The parameters of a step's sampling rows; a copy, since slots change hands while the step waits."""
+    def rows(
+        self, slots: Int32Array, output_positions: Int64Array, scored_num_logprobs: Int32Array = EMPTY_INT32
+    ) -> RowSampling:
+        """The parameters of a step's sampling rows; a copy, since slots change hands while the step waits.
+
+        Args:
+            slots, output_positions: of the rows that draw a token.
+            scored_num_logprobs: of the rows that follow them, and score.
+        """
         of_row = self._of_slot[slots]
         is_below = output_positions < of_row["min_tokens"]
+        edits = self._row_edits(slots, is_below, np.flatnonzero(is_below | of_row["has_edits"]))
+        if len(scored_num_logprobs):
+            of_row = np.concatenate((of_row, _scored_rows(scored_num_logprobs)))
         return RowSampling(
             temperature=of_row["temperature"],
             top_p=of_row["top_p"],
@@ -155,7 +167,7 @@ class SlotSampling:
             frequency_penalty=of_row["frequency_penalty"],
             num_logprobs=of_row["num_logprobs"],
             seed=of_row["seed"],
-            edits=self._row_edits(slots, is_below, np.flatnonzero(is_below | of_row["has_edits"])),
+            edits=edits,
             is_penalised=of_row["has_penalties"],
             has_penalties=bool(of_row["has_penalties"].any()),
             wants_logprobs=bool((of_row["num_logprobs"] >= 0).any()),
@@ -210,6 +222,14 @@ class SlotSampling:
         else:
             return None
         return np.packbits(is_allowed, bitorder="little").view("<u4")
+
+
+def _scored_rows(num_logprobs: Int32Array) -> npt.NDArray[np.void]:
+    """Parameters that do nothing."""
+    rows = np.zeros(len(num_logprobs), dtype=_SAMPLING)
+    rows["top_p"] = rows["repetition_penalty"] = 1
+    rows["num_logprobs"] = num_logprobs
+    return rows
 
 
 def _with_suppressed(ids: Int32Array, biases: Float32Array, suppressed: Int32Array) -> tuple[Int32Array, Float32Array]:

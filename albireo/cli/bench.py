@@ -1,6 +1,6 @@
 """``albireo bench``: measures a running server through its own API, or this machine: the services on it (`bench_host`),
-its kernels (`bench_kernels`), its sampling schemes (`bench_sampling`), and how near a server comes to what the machine
-can do (`bench_roofline`)."""
+what each client API costs them (`bench_api`), its kernels (`bench_kernels`), its sampling schemes (`bench_sampling`),
+its KV store (`bench_kv`), and how near a server comes to what the machine can do (`bench_roofline`)."""
 
 import argparse
 import asyncio
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from albireo.cli import bench_host, bench_kernels, bench_roofline, bench_sampling, client
+from albireo.cli import bench_api, bench_host, bench_kernels, bench_kv, bench_roofline, bench_sampling, client
 from albireo.cli.bench_load import SAMPLING, Workload, run_load
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
@@ -36,18 +36,26 @@ def run(argv: Sequence[str]) -> int:
     _add_serve(commands.add_parser("serve", help="rates and latencies of one workload", description=_describe()))
     host = commands.add_parser("host", help="idle time of the device and CPU per step, with services of its own")
     bench_host.add_flags(host)
+    api = commands.add_parser("api", help="CPU per request and per token of each client API, with services of its own")
+    bench_api.add_flags(api)
     commands.add_parser("kernels", help="compiled kernels against what this machine's memory and cores can do")
     commands.add_parser("sampling", help="ways to share out sampling among ranks, on this machine's cores")
+    kv = commands.add_parser("kv", help="parts to and from a KV store of its own, against plain copies")
+    bench_kv.add_flags(kv)
     roofline = commands.add_parser("roofline", help="decode steps of a server against the same")
     bench_roofline.add_flags(roofline)
     args = parser.parse_args(argv)
     if args.command == "host":
         return bench_host.run(host, args)
+    if args.command == "api":
+        return bench_api.run(api, args)
+    if args.command == "kv":
+        return bench_kv.run(kv, args)
     if args.command == "roofline":
         return bench_roofline.run(roofline, args)
     if args.reps < 1:
         parser.error("--reps: at least 1 is needed")
-    report = asyncio.run(_bench_serve(args.target, args.workload, args.sampling, args.reps))
+    report = asyncio.run(_bench_serve(client.server_of(args), args.workload, args.sampling, args.reps))
     # With `--json -` stdout belongs to the JSON.
     print(table(report), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
@@ -57,7 +65,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--target", default=client.DEFAULT_TARGET, metavar="HOST:PORT", help="default: %(default)s")
+    client.add_server_flags(parser)
     parser.add_argument("--workload", choices=list(WORKLOADS), default="chat", help="default: %(default)s")
     parser.add_argument("--sampling", choices=list(SAMPLING), default="greedy", help="default: %(default)s")
     parser.add_argument("--reps", type=int, default=3, metavar="N", help="medians are over these; default: %(default)s")
@@ -73,9 +81,9 @@ def _describe() -> str:
     return "Workloads, made shorter where the model's context is:\n" + "\n".join(shapes)
 
 
-async def _bench_serve(target: str, workload: str, sampling: str, reps: int) -> dict[str, Any]:
+async def _bench_serve(server: client.Server, workload: str, sampling: str, reps: int) -> dict[str, Any]:
     """Runs the workload ``reps`` times; medians, the single runs, and what was measured."""
-    async with client.connect(target) as (stub, info):
+    async with client.connect(server) as (stub, info):
         shape = WORKLOADS[workload].clamped(info.max_model_len)
         with counting_bar(reps * shape.num_requests, f"{workload}, {sampling}", "req") as bar:
             runs = await run_load(stub, shape, info.vocab_size, reps=reps, sampling=sampling, on_done=bar.update)

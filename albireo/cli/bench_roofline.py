@@ -98,7 +98,7 @@ def compare(cost: StepCost, rates: dict[str, Any], dtype: str, quantize: str, me
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.description = _DESCRIPTION
-    parser.add_argument("--target", default=client.DEFAULT_TARGET, metavar="HOST:PORT", help="default: %(default)s")
+    client.add_server_flags(parser)
     parser.add_argument("--model", help="directory, Hub id or 'demo' that bytes are counted of; default: the server's")
     parser.add_argument("--batch", default="1,8", metavar="LIST", help="sequences at a time; default: %(default)s")
     parser.add_argument("--prompt", type=int, default=16, metavar="N", help="tokens; default: %(default)s")
@@ -120,13 +120,14 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
         parser.error(f"--batch {args.batch}: whole numbers, separated by commas")
     if batches[0] < 1:
         parser.error("--batch: at least 1 is needed")
-    info = asyncio.run(_model_info(args.target))
+    server = client.server_of(args)
+    info = asyncio.run(_model_info(server))
     spec = _spec(args.model, info)
     _check(info, spec, args.prompt + args.output, batches[-1])
     rates = measure_rates()  # before there is load
     shapes = [Workload(batch, batch, args.prompt, args.output) for batch in batches]
     with counting_bar(args.reps * sum(batches), "decode", "req") as bar:
-        runs = asyncio.run(_measure(args.target, shapes, args.reps, bar))
+        runs = asyncio.run(_measure(server, shapes, args.reps, bar))
     report = _report(spec, info, rates, args.quantize, dict(zip(shapes, runs, strict=True)))
     print(table(report), file=sys.stderr if args.json == "-" else sys.stdout)
     if args.json:
@@ -134,13 +135,15 @@ def run(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
     return 0
 
 
-async def _model_info(target: str) -> pb.ModelInfo:
-    async with client.connect(target) as (_, info):
+async def _model_info(server: client.Server) -> pb.ModelInfo:
+    async with client.connect(server) as (_, info):
         return info
 
 
-async def _measure(target: str, shapes: Sequence[Workload], reps: int, bar: Bar) -> list[list[dict[str, float]]]:
-    async with client.connect(target) as (stub, info):
+async def _measure(
+    server: client.Server, shapes: Sequence[Workload], reps: int, bar: Bar
+) -> list[list[dict[str, float]]]:
+    async with client.connect(server) as (stub, info):
         return [await run_load(stub, shape, info.vocab_size, reps=reps, on_done=bar.update) for shape in shapes]
 
 

@@ -1,16 +1,20 @@
 """A client of ``albireo.v1.Generation``: connecting, collecting completions, and errors fit for people."""
 
+import argparse
 import contextlib
 import math
+import os
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc import aio
 
 from albireo import rpc
-from albireo.errors import AlbireoError
+from albireo.errors import AlbireoError, ConfigError
+from albireo.security import OPEN, Security, SecurityFlags, TlsFlags, load_security
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import generation_pb2_grpc
 
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TARGET = "127.0.0.1:50051"
 _CONNECT_TIMEOUT_S = 10.0
+_VARIABLE = "ALBIREO_TOKEN"
 _GRPCS_OWN_WORDS = "Deadline Exceeded"  # within the details, where no server said why
 
 
@@ -34,15 +39,46 @@ class CallFailed(AlbireoError):
         return {"error": {"code": self.code, "message": self.message}}
 
 
+@dataclass(frozen=True)
+class Server:
+    """Where a server is, and what it is shown."""
+
+    target: str
+    security: Security = OPEN
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Which server is meant, and what it is shown."""
+    parser.add_argument("--target", default=DEFAULT_TARGET, metavar="HOST:PORT", help="default: %(default)s")
+    token_help = f"holds the token that the server asks for; else the variable {_VARIABLE} does"
+    parser.add_argument("--token-file", metavar="FILE", help=token_help)
+    for each in fields(TlsFlags):
+        name = "--" + each.name.replace("_", "-")
+        metavar = "NAME" if each.name == "tls_server_name" else "FILE"
+        parser.add_argument(name, default="", metavar=metavar, help=each.metadata["help"])
+
+
+def server_of(args: argparse.Namespace) -> Server:
+    """What the flags of `add_server_flags` say. Raises ConfigError where that cannot be used."""
+    token = os.environ.get(_VARIABLE, "")
+    if args.token_file:
+        try:
+            token = Path(args.token_file).read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--token-file {args.token_file}: {error}") from error
+    flags = SecurityFlags(**{each.name: getattr(args, each.name) for each in fields(TlsFlags)})
+    return Server(args.target, load_security(flags, token))
+
+
 @contextlib.asynccontextmanager
-async def connect(target: str) -> AsyncIterator[tuple["GenerationAsyncStub", pb.ModelInfo]]:
-    """A stub of the server at ``target``, and its model. Raises CallFailed at once when nothing answers there."""
-    async with rpc.make_channel(target) as channel:
+async def connect(server: Server) -> AsyncIterator[tuple["GenerationAsyncStub", pb.ModelInfo]]:
+    """A stub of a server, and its model. Raises CallFailed at once when nothing answers there."""
+    async with rpc.make_channel(server.target, security=server.security) as channel:
         stub = generation_pb2_grpc.GenerationStub(channel)
         try:
             info = await stub.GetModelInfo(pb.GetModelInfoRequest(), timeout=_CONNECT_TIMEOUT_S)
         except aio.AioRpcError as error:
-            raise CallFailed(error.code().name, explain(target, error)) from error
+            raise CallFailed(error.code().name, explain(server.target, error)) from error
         yield stub, info
 
 
@@ -54,6 +90,7 @@ class Completion:
     prompt_token_ids: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # of the tokens, where they were asked for
+    prompt_logprobs: list[pb.TokenLogprobs] = field(default_factory=list)  # of the prompt's tokens but the first
     finish: pb.Finish | None = None
 
     def add(self, response: pb.GenerateResponse) -> None:
@@ -61,24 +98,18 @@ class Completion:
         self.prompt_token_ids += response.prompt_token_ids
         self.token_ids += response.token_ids
         self.logprobs += response.logprobs
+        self.prompt_logprobs += response.prompt_logprobs
         if response.HasField("finish"):
             self.finish = response.finish
 
     def to_json(self) -> dict[str, Any]:
         finish = self.finish or pb.Finish()
-        logprobs = [
-            {
-                "logprob": _number(each.logprob),
-                "rank": each.rank,
-                "top": [{"token_id": top.token_id, "logprob": _number(top.logprob)} for top in each.top],
-            }
-            for each in self.logprobs
-        ]
         return {
             "text": self.text,
             "prompt_token_ids": self.prompt_token_ids,
             "token_ids": self.token_ids,
-            **({"logprobs": logprobs} if logprobs else {}),
+            **({"prompt_logprobs": [None, *_to_json(self.prompt_logprobs)]} if self.prompt_logprobs else {}),
+            **({"logprobs": _to_json(self.logprobs)} if self.logprobs else {}),
             "finish_reason": pb.FinishReason.Name(finish.reason).removeprefix("FINISH_REASON_").lower(),
             "usage": {
                 "prompt_tokens": finish.usage.prompt_tokens,
@@ -86,6 +117,17 @@ class Completion:
                 "cached_tokens": finish.usage.cached_tokens,
             },
         }
+
+
+def _to_json(logprobs: list[pb.TokenLogprobs]) -> list[dict[str, Any]]:
+    return [
+        {
+            "logprob": _number(each.logprob),
+            "rank": each.rank,
+            "top": [{"token_id": top.token_id, "logprob": _number(top.logprob)} for top in each.top],
+        }
+        for each in logprobs
+    ]
 
 
 def _number(value: float) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from albireo.cli import client, requests
-from albireo.cli.client import CallFailed, CallOptions
+from albireo.cli.client import CallFailed, CallOptions, Server
 from albireo.cli.progress import counting_bar, print_line
 from albireo.errors import ConfigError, InvalidRequest
 from albireo.v1 import generation_pb2 as pb
@@ -26,6 +26,7 @@ A line of --prompts is an object with prompt or prompt_token_ids and any of the 
 (max_tokens, stop_token_ids, ...); flags are defaults for all lines. All run at once; the answers are printed in order:
 
   {"text", "prompt_token_ids", "token_ids", "finish_reason": "stop"|"length"|"abort",
+   with --prompt-logprobs "prompt_logprobs": [null, then as below for each further token of the prompt],
    with --logprobs "logprobs": [{"logprob", "rank", "top": [{"token_id", "logprob"}]}, one per token],
    "usage": {"prompt_tokens", "completion_tokens", "cached_tokens"}}
 
@@ -41,13 +42,14 @@ def run(argv: Sequence[str]) -> int:
         parser.error("exactly one of PROMPT and --prompts FILE is needed")
     defaults = requests.flag_values(args)
     options = CallOptions(timeout_s=args.timeout, tenant=args.tenant)
+    server = client.server_of(args)
     requests.build_request({"prompt": "", **defaults})  # a wrong flag is wrong usage, not a refused request
     if args.prompts is not None:
-        return asyncio.run(_answer_lines(args.target, _read_lines(args.prompts), defaults, options))
+        return asyncio.run(_answer_lines(server, _read_lines(args.prompts), defaults, options))
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     request = requests.build_request({"prompt": prompt, **defaults})
     show = _print_json if args.json else _print_text
-    return asyncio.run(show(args.target, request, options))
+    return asyncio.run(show(server, request, options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,12 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,  # --prompt would mean --prompts
     )
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="the text to complete; - reads it from stdin")
-    parser.add_argument(
-        "--target",
-        default=client.DEFAULT_TARGET,
-        metavar="HOST:PORT",
-        help=f"the server (default: {client.DEFAULT_TARGET})",
-    )
+    client.add_server_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
     parser.add_argument("--prompts", metavar="FILE", help="complete all prompts of a JSON lines file; - is stdin")
     parser.add_argument(
@@ -101,9 +98,9 @@ def _read_lines(file: str) -> list[bytes]:
     return [line for line in content.split(b"\n") if line.strip()]
 
 
-async def _print_text(target: str, request: pb.GenerateRequest, options: CallOptions) -> int:
+async def _print_text(server: Server, request: pb.GenerateRequest, options: CallOptions) -> int:
     """Streams the text; several completions cannot share a terminal, so they come whole, one after another."""
-    async with client.connect(target) as (stub, info):
+    async with client.connect(server) as (stub, info):
         n = request.sampling_params.n or info.default_sampling_params.n
         if n > 1:
             completions = await client.collect(stub, request, options)
@@ -124,27 +121,34 @@ async def _print_text(target: str, request: pb.GenerateRequest, options: CallOpt
 
 
 def _print_logprobs(completion: client.Completion) -> None:
-    """A line per token, below the text."""
-    if not completion.logprobs:
+    """A line per token, below the text; those of the prompt come first."""
+    _print_table("prompt", completion.prompt_token_ids[1:], completion.prompt_logprobs)
+    _print_table("token", completion.token_ids, completion.logprobs)
+
+
+def _print_table(title: str, token_ids: Sequence[int], logprobs: Sequence[pb.TokenLogprobs]) -> None:
+    if not logprobs:
         return
-    print(f"\n{'token':>8} {'logprob':>10} {'rank':>6}  likeliest")
-    for token_id, each in zip(completion.token_ids, completion.logprobs, strict=True):
+    print(f"\n{title:>8} {'logprob':>10} {'rank':>6}  likeliest")
+    for token_id, each in zip(token_ids, logprobs, strict=True):
         likeliest = "  ".join(f"{top.token_id}: {top.logprob:.4f}" for top in each.top)
         print(f"{token_id:>8} {each.logprob:>10.4f} {each.rank:>6}  {likeliest}".rstrip())
 
 
-async def _print_json(target: str, request: pb.GenerateRequest, options: CallOptions) -> int:
-    async with client.connect(target) as (stub, _):
+async def _print_json(server: Server, request: pb.GenerateRequest, options: CallOptions) -> int:
+    async with client.connect(server) as (stub, _):
         answer = await _answer(stub, request, options)
     print(json.dumps(answer))
     return int("error" in answer)
 
 
-async def _answer_lines(target: str, lines: Sequence[bytes], defaults: Mapping[str, Any], options: CallOptions) -> int:
+async def _answer_lines(
+    server: Server, lines: Sequence[bytes], defaults: Mapping[str, Any], options: CallOptions
+) -> int:
     """Runs all lines at once, prints one answer per line, in their order."""
     gate = asyncio.Semaphore(_MAX_OPEN_STREAMS)
     num_errors = 0
-    async with client.connect(target) as (stub, _):
+    async with client.connect(server) as (stub, _):
         with counting_bar(len(lines), "generating", "req") as bar:
 
             async def answer(line: bytes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The services that ``albireo bench host`` measures: started for one setting, watched, and ended."""
+"""The services that `albireo bench host` and `bench api` measure: started for one setting, watched, and ended."""
 
 import asyncio
 import json
@@ -34,7 +34,10 @@ class Setting:
     Attributes:
         batch: sequences that run all the time; their outputs have so many tokens, so that about one ends per step.
         step_ms: how long the stub's clock makes a step; 0 with another engine, or where a device is modelled.
-        clients: "internal" (a front end that only counts) or "grpc" (real front ends, and clients that stream).
+        clients: "internal" (a front end that only counts), "grpc" (real front ends, and clients that stream) or "none"
+            (real front ends, and whoever starts them has clients of its own).
+        port: of the front ends, beside a socket each; 0: none.
+        http_port: of a gateway before that port; 0: none.
         frontend_nice: of real front ends. Clients are niced by 10: they stand in for other machines.
     """
 
@@ -49,6 +52,8 @@ class Setting:
     clients: str = "internal"
     frontends: int = 1
     frontend_nice: int = 0
+    port: int = 0
+    http_port: int = 0
 
 
 class Services:
@@ -109,7 +114,7 @@ class Services:
     def _find_servers(self) -> dict[str, int]:
         """Process ids by names; the clients' process is one only where it stands for a front end."""
         pids = {name: process.pid for name, process in self._running.items()}
-        load = pids.pop("load")
+        load = pids.pop("load", 0)
         if self.setting.clients == "internal":
             pids["frontend-0"] = load
         for pid in processes.descendants(pids["worker"]):
@@ -166,6 +171,9 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
         return Child(name, [*prefix, *argv], logs / f"{name}.log", env)
 
     planner = _socket(path, "planner")
+    clients = [child("gateway", _gateway_argv(setting))] if setting.http_port else []
+    if setting.clients != "none":
+        clients.append(child("load", _load_argv(setting, path), 0 if setting.clients == "internal" else _CLIENT_NICE))
     return [
         [child("worker", _worker_argv(setting, path, group_dir))],
         [
@@ -187,7 +195,7 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
                     "frontend",
                     model=setting.model,
                     planner=planner,
-                    port=0,
+                    port=setting.port,
                     name=f"frontend-{index}",
                     listen=_socket(path, f"frontend-{index}"),
                     max_streams=max(4096, 2 * setting.batch),
@@ -195,9 +203,9 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
                 ),
                 setting.frontend_nice,
             )
-            for index in range(setting.frontends if setting.clients == "grpc" else 0)
+            for index in range(setting.frontends if setting.clients != "internal" else 0)
         ],
-        [child("load", _load_argv(setting, path), 0 if setting.clients == "internal" else _CLIENT_NICE)],
+        clients,
     ]
 
 
@@ -219,6 +227,11 @@ def _worker_argv(setting: Setting, path: Path, group_dir: Path) -> list[str]:
         flags |= {"stub_model": setting.stub_model} if setting.stub_model else {}
     eager = ["--eager"] if setting.engine == "eager" else []
     return [*python_module("worker_svc"), *_flags(**flags), *eager]
+
+
+def _gateway_argv(setting: Setting) -> list[str]:
+    flags = _flags(target=f"127.0.0.1:{setting.port}", port=setting.http_port)
+    return [*python_module("albireo.cli.gateway"), *flags]
 
 
 def _load_argv(setting: Setting, path: Path) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from albireo.cli.client import Server
 from albireo.cli.host_services import Services
 from albireo.cli.trace import read_ledger
 from albireo.errors import GroupError
@@ -38,7 +39,7 @@ async def warm_up(services: Services) -> float:
     while time.monotonic() < deadline:
         await asyncio.sleep(_MIN_WARM_UP_S)
         services.check()
-        planner = _planner(await read_ledger(services.ledgers[0], _WARM_UP_STEPS))
+        planner = _planner(await read_ledger(Server(services.ledgers[0]), _WARM_UP_STEPS))
         if len(planner) == _WARM_UP_STEPS and planner["step_id"][-1] >= num_steps:
             if planner["num_rows"][-1] < setting.batch * _MIN_OCCUPANCY:
                 continue  # they join still
@@ -139,7 +140,7 @@ async def _pass(services: Services, num_steps: int, step_s: float, update: Updat
 
 async def _read(services: Services, num_rows: int) -> list[Page]:
     """The latest pages of the planner, the ranks, and all front ends."""
-    first, *others = await asyncio.gather(*[read_ledger(target, num_rows) for target in services.ledgers])
+    first, *others = await asyncio.gather(*[read_ledger(Server(target), num_rows) for target in services.ledgers])
     return first + [page for pages in others for page in pages if page.is_frontend]
 
 

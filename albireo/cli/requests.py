@@ -50,6 +50,8 @@ _HELP = {
     "logit_bias": "added to the logit of a token; may be given again",
     "bad_words": "a text that the output never contains; may be given again",
     "logprobs": "show each token's log-probability, and those of the N likeliest tokens",
+    "prompt_logprobs": "the same for each token of the prompt but the first",
+    "truncate_prompt_tokens": "use only so many of the prompt's last tokens",
     "request_id": "a label for logs and aborts",
     "priority": "work of a higher priority starts first",
 }

@@ -3,35 +3,40 @@
 import argparse
 import asyncio
 import contextlib
-import errno
 import math
 import os
 import shlex
-import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from albireo.child import Child, python_module
-from albireo.cli import client, ready
+from albireo.allowances import TENANT_FLAGS, TenantFlags, load_allowances
+from albireo.child import Child, Roll, python_module
+from albireo.cli import client, gateway, ports, ready
 from albireo.cli.run_dir import RunDir, open_run_dir
 from albireo.config import flag, from_namespace, parser_for, to_argv
 from albireo.errors import ConfigError
+from albireo.kv.flags import KvFlags, load_secret
 from albireo.model_spec import load_model_spec, resolve_model
 from albireo.placement import choose_tp
+from albireo.security import SECURITY_FLAGS, SecurityFlags, load_security
 from albireo.supervise import supervise
+from albireo.tracing import OTLP_FLAGS, TRACING_FLAGS, TracingFlags, check_tracing
 from albireo.v1 import generation_pb2 as pb
 from albireo.v1 import plan_pb2
 
 # Longer than the services give their own processes to end.
 _AFTER_DRAIN_S = 10.0
 
+_ARENA_SOCKET = "kv-arena.sock"  # the store's name for it, in its run directory
+
 _DESCRIPTION = """Serve a model on this machine: a worker group and the scheduler, on unix sockets, and a gRPC port
-for clients. Ctrl-C stops everything; SIGUSR2 replaces the scheduler's processes without losing a request."""
+for clients; with --http, OpenAI's HTTP API as well. Ctrl-C stops everything; SIGUSR2 replaces the scheduler's
+processes without losing a request."""
 
 
 @dataclass(frozen=True)
-class ServeConfig:
+class ServeConfig(KvFlags, TenantFlags, SecurityFlags, TracingFlags):
     """What can be chosen about a local server. 0 leaves a choice to the service concerned."""
 
     model: str = flag("demo", "'demo', a model directory in Hugging Face format, or a Hub id; as MODEL")
@@ -39,6 +44,8 @@ class ServeConfig:
     tp: int = flag(0, "tensor parallelism: ranks of the worker group; 0: 2 on a CPU where that is possible, else 1")
     host: str = flag("127.0.0.1", "address that clients connect to")
     port: int = flag(50051, "port that clients connect to; 0 picks a free one")
+    http: int | None = flag(None, "port of OpenAI's HTTP API (extra 'gateway'); 0 picks a free one; absent: no HTTP")
+    http_host: str = flag("127.0.0.1", "address that HTTP clients connect to")
     frontends: int = flag(1, "front-end processes, all on the one port")
     depth: int = flag(2, "steps planned ahead of the device")
     engine: str = flag("torch", "what runs the model; stub models a device and runs none", ("torch", "stub"))
@@ -59,11 +66,16 @@ class ServeConfig:
         0.0, "prompts are computed in chunks so small that running sequences wait no longer for a token; 0: no limit"
     )
     prefix_cache: str = flag("on", "sequences of a tenant that begin alike share KV blocks", ("on", "off"))
+    # Not on by default: all slots at full length fit the KV cache of a CPU, so there is nothing to swap, and a store
+    # that ends with the server remembers little that the cache does not.
+    kv_store_gib: float = flag(0.0, "memory of a KV store that is started as well; 0: none")
+    redis: str = flag("", "redis://, rediss:// or unix:// URL of that store's second tier; empty: none")
     recovery_timeout: float = flag(30.0, "seconds that requests wait for a lost group or planner before they fail")
     drain_timeout: float = flag(20.0, "seconds that running requests get to finish on SIGTERM")
     run_dir: str | None = flag(None, "sockets and logs; else a temporary directory, kept when a service died")
+    profile_dir: str | None = flag(None, "where StartProfile of the vLLM API writes to; else in the run directory")
     metrics_port: int = flag(
-        0, "Prometheus: planner on this port P, worker leader on P+1, front ends from P+2 on; 0 is off"
+        0, "Prometheus: planner on this port P, worker leader on P+1, front ends from P+2 on, then HTTP; 0 is off"
     )
     first_prompt: str | None = flag(None, "once ready, complete this prompt and show the text, then go on serving")
     stub_step_ms: float = flag(0.0, "how long a step of the stub engine lasts (modelled)")
@@ -97,6 +109,9 @@ def check_config(config: ServeConfig) -> ServeConfig:
     for name in ("recovery_timeout", "drain_timeout"):
         if not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: a positive number is needed")
+    load_allowances(config)
+    _check_kv_store(config)
+    check_tracing(config.otlp_endpoint, config.otlp_sample_ratio)
     if config.ready_file:
         _forget(Path(config.ready_file))
     path = resolve_model(config.model)
@@ -104,43 +119,57 @@ def check_config(config: ServeConfig) -> ServeConfig:
     tp = config.tp or choose_tp(str(path), config.engine, config.device)
     if config.engine != "stub":  # which models any number of ranks
         spec.check_tp(tp)
-    port = _check_port(config.host, config.port, "--port")
+    port = ports.check_port(config.host, config.port, "--port")
+    http = _check_http(config, port)
     if config.metrics_port:
-        for metrics_port in range(config.metrics_port, config.metrics_port + 2 + config.frontends):
-            if metrics_port == port:
-                raise ConfigError(f"--metrics-port {config.metrics_port}: its range takes {port}, the clients' port")
-            _check_port(config.host, metrics_port, "--metrics-port")
+        num_stores = int(config.kv_store_gib > 0)
+        for metrics_port in range(config.metrics_port, _store_metrics_port(config, http) + num_stores):
+            if metrics_port in (port, http):
+                raise ConfigError(
+                    f"--metrics-port {config.metrics_port}: its range takes {metrics_port}, the clients' port"
+                )
+            ports.check_port(config.host, metrics_port, "--metrics-port")
     # The directory of a Hub id is named by a hash.
     name = config.served_model_name or (path.name if Path(config.model).is_dir() else config.model)
-    return replace(config, model=str(path), served_model_name=name, tp=tp, port=port)
+    return replace(config, model=str(path), served_model_name=name, tp=tp, port=port, http=http)
 
 
-def _check_port(host: str, port: int, flag_name: str) -> int:
-    """The port itself, or a free one for 0. Raises ConfigError when nothing could listen there."""
-    if not 0 <= port <= 65535:
-        raise ConfigError(f"{flag_name} {port}: not a port (0 to 65535)")
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as error:
-        raise ConfigError(f"--host {host}: {error.strerror}") from error
-    bound: list[int] = []
-    errors: list[OSError] = []
-    for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                # Connections that an earlier server has closed must not be in the way. Not SO_REUSEPORT: it would
-                # share the port with a server that runs.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(address)
-                bound.append(probe.getsockname()[1])
-        except OSError as error:
-            errors.append(error)
-    # A name may have an IPv6 address on a machine without IPv6; only a port in use is wrong at any of them.
-    for each in errors:
-        if each.errno == errno.EADDRINUSE or not bound:
-            hint = " (is a server running already? --port 0 picks a free one)" if flag_name == "--port" else ""
-            raise ConfigError(f"{flag_name} {port}: cannot listen at {host}:{port}: {each.strerror}{hint}") from each
-    return bound[0]
+def _check_http(config: ServeConfig, port: int) -> int | None:
+    """The port of the HTTP API, None without one; ``port`` is that of gRPC."""
+    if config.http is None:
+        return None
+    gateway.check_installed()
+    for name in ("tls_cert", "auth_token_file"):
+        if getattr(config, name):
+            raise ConfigError(f"--http with --{name.replace('_', '-')}: the gateway has neither certificate nor token")
+    http = ports.check_port(config.http_host, config.http, "--http", "--http-host")
+    if http == port:
+        raise ConfigError(f"--http {http}: gRPC clients connect to this port; HTTP needs one of its own")
+    return http
+
+
+def _gateway_metrics_port(config: ServeConfig) -> int:
+    """The one after those of the front ends."""
+    return config.metrics_port + 2 + config.frontends
+
+
+def _store_metrics_port(config: ServeConfig, http: int | None) -> int:
+    """The one after all others."""
+    return _gateway_metrics_port(config) + (http is not None)
+
+
+def _check_kv_store(config: ServeConfig) -> None:
+    load_secret(config)
+    if config.kv_store_gib < 0:
+        raise ConfigError(f"--kv-store-gib {config.kv_store_gib:g}: must not be negative")
+    if config.kv_store and config.kv_store_gib:
+        raise ConfigError(f"--kv-store {config.kv_store} with --kv-store-gib {config.kv_store_gib:g}: one of them")
+    if config.redis and not config.kv_store_gib:
+        raise ConfigError("--redis: only a store that is started here, with --kv-store-gib, uses it")
+    if config.kv_store.startswith("unix:"):
+        raise ConfigError(f"--kv-store {config.kv_store}: host:port; --kv-store-gib starts a store on this machine")
+    if (config.kv_store or config.kv_store_gib) and config.prefix_cache == "off":
+        raise ConfigError("--prefix-cache off: a KV store needs it on")
 
 
 def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
@@ -155,14 +184,18 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
     def flags(*names: str) -> list[str]:
         return to_argv(config, *(name for name in names if name in given))
 
+    kv_store = config.kv_store or (f"unix:{run_dir.path}/kvstore.sock" if config.kv_store_gib else "")
+    # Ranks of this machine share the store's memory.
+    arena = config.kv_store or (f"unix:{run_dir.path}/{_ARENA_SOCKET}" if config.kv_store_gib else "")
     worker_flags = ["engine", "tp", "device", "dtype", "quantize", "sampler", "eager"]
     limits = ["max_num_seqs", "max_model_len", "max_num_batched_tokens", "kv_cache_gib"]
     worker = [
         *python_module("worker_svc"),
         *flags("model", *worker_flags, *limits, "stub_step_ms"),
         *("--listen", group, "--run-dir", str(run_dir.group)),
-        *flags("log_level"),
+        *flags("log_level", *SECURITY_FLAGS, *OTLP_FLAGS),
         *(["--metrics-port", str(config.metrics_port + 1)] if config.metrics_port else []),
+        *(["--kv-store", arena] if arena else []),
     ]
     scheduler = [
         *python_module("scheduler_svc"),
@@ -171,13 +204,41 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
         *flags("host", "port", "frontends", "depth"),
         *flags("max_waiting", "max_itl_ms", "prefix_cache", "max_streams", "recovery_timeout", "drain_timeout"),
         *("--run-dir", str(run_dir.path)),
-        *flags("log_level", "metrics_port"),
+        *flags("profile_dir", "log_level", "metrics_port", *TENANT_FLAGS, *SECURITY_FLAGS, *TRACING_FLAGS),
+        *flags("swap", "kv_secret_file"),
+        *(["--kv-store", kv_store] if kv_store else []),
     ]
     return [
+        *([_kv_store(config, run_dir, env)] if config.kv_store_gib else []),
         Child("worker", worker, run_dir.logs / "worker.log", env, supervises=True),
         # Stopped before the worker, which it needs to finish what clients wait for.
         Child("scheduler", scheduler, run_dir.logs / "scheduler.log", env, stage=1, supervises=True),
+        *([] if config.http is None else [_gateway(config, run_dir, env)]),
     ]
+
+
+def _kv_store(config: ServeConfig, run_dir: RunDir, env: Mapping[str, str]) -> Child:
+    argv = [
+        *python_module("kvstore_svc"),
+        *("--listen", f"unix:{run_dir.path}/kvstore.sock", "--run-dir", str(run_dir.path)),
+        *("--arena-gib", str(config.kv_store_gib), "--segment-mib", str(min(64.0, config.kv_store_gib * 1024))),
+        *(["--redis", config.redis] if config.redis else []),
+        *to_argv(config, "log_level", *SECURITY_FLAGS),
+        *(["--metrics-port", str(_store_metrics_port(config, config.http))] if config.metrics_port else []),
+    ]
+    # It need not be there for requests to be served, and what it holds is lost with it.
+    return Child("kvstore", argv, run_dir.logs / "kvstore.log", env, roll=Roll.KEEP)
+
+
+def _gateway(config: ServeConfig, run_dir: RunDir, env: Mapping[str, str]) -> Child:
+    argv = [
+        *python_module("albireo.cli.gateway"),
+        *("--target", client_target(config), "--host", config.http_host, "--port", str(config.http)),
+        *to_argv(config, "recovery_timeout", "drain_timeout", "log_level"),
+        *(["--metrics-port", str(_gateway_metrics_port(config))] if config.metrics_port else []),
+    ]
+    # Stopped before the scheduler, which it needs to finish what clients wait for. It goes on when that is replaced.
+    return Child("gateway", argv, run_dir.logs / "gateway.log", env, stage=2, roll=Roll.KEEP)
 
 
 def _own_variables() -> set[str]:
@@ -185,14 +246,21 @@ def _own_variables() -> set[str]:
 
 
 async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
+    security = load_security(config)
+
     async def announce() -> None:
-        info = await ready.wait_for_group(f"unix:{run_dir.path}/group.sock")
+        info = await ready.wait_for_group(client.Server(f"unix:{run_dir.path}/group.sock", security))
         # Each by its own address: on the shared port a check reaches just one of them.
-        for index in range(config.frontends):
-            await ready.wait_until_serving(f"unix:{run_dir.path}/frontend-{index}.sock")
+        frontends = [
+            client.Server(f"unix:{run_dir.path}/frontend-{index}.sock", security) for index in range(config.frontends)
+        ]
+        for frontend in frontends:
+            await ready.wait_until_serving(frontend)
+        if config.http is not None:
+            await gateway.wait_until_ready(ports.reachable(config.http_host), config.http)
         print(ready_message(config, info, run_dir), flush=True)
         if config.first_prompt:
-            await _show_completion(client_target(config), config.first_prompt)
+            await _show_completion(frontends[0], config.first_prompt)
         if config.ready_file:
             _write_whole(Path(config.ready_file), client_target(config) + "\n")
 
@@ -203,10 +271,10 @@ async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
     return status
 
 
-async def _show_completion(target: str, prompt: str) -> None:
+async def _show_completion(server: client.Server, prompt: str) -> None:
     """Streams one completion to the terminal: what a client would see."""
     request = pb.GenerateRequest(text=prompt, sampling_params=pb.SamplingParams(max_tokens=64, seed=0))
-    async with client.connect(target) as (stub, _):
+    async with client.connect(server) as (stub, _):
         print(f"\n{prompt}", end="", flush=True)
         async for response in client.stream(stub, request):
             print(response.text, end="", flush=True)
@@ -215,8 +283,7 @@ async def _show_completion(target: str, prompt: str) -> None:
 
 def client_target(config: ServeConfig) -> str:
     """Where a client on this machine reaches the server."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.host, config.host)  # noqa: S104  # compared, not bound
-    return f"[{host}]:{config.port}" if ":" in host else f"{host}:{config.port}"
+    return ports.address(config.host, config.port)
 
 
 def ready_message(config: ServeConfig, info: plan_pb2.GroupInfo, run_dir: RunDir) -> str:
@@ -224,11 +291,14 @@ def ready_message(config: ServeConfig, info: plan_pb2.GroupInfo, run_dir: RunDir
     query = "albireo generate 'def fibonacci(n):' --max-tokens 64"
     if target != client.DEFAULT_TARGET:
         query += f" --target {shlex.quote(target)}"
+    http = ""
+    if config.http is not None:
+        http = f"  HTTP:  {gateway.example(config.served_model_name, config.http_host, config.http)}\n"
     device = "modelled" if info.engine == "stub" else f"{info.device} {info.dtype}"
     return (
         f"{config.served_model_name} is served at {target} ({info.engine}, {device}, TP {info.tp_size}); "
         f"Ctrl-C stops it\n"
-        f"  query: {query}\n"
+        f"  query: {query}\n{http}"
         f"  logs:  {run_dir.logs}"
     )
 

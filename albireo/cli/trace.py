@@ -1,53 +1,21 @@
-"""``albireo trace``: a picture of a running server's latest steps, in Chrome's trace format.
-
-One process track per ledger page: what the planner's loop did, what each rank's I/O thread and device did, and what the
-front ends did. Arrows lead from each plan to the steps of the ranks.
-
-Source: "Trace Event Format" (Google, 2016), the JSON object format with complete (X), metadata (M) and flow (s, f)
-events; Perfetto reads the same.
-"""
+"""``albireo trace``: a picture of a running server's latest steps."""
 
 import argparse
 import asyncio
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from grpc import aio
 
 from albireo import rpc
-from albireo.arrays import Int64Array
 from albireo.cli import client
-from albireo.cli.client import CallFailed
+from albireo.cli.client import CallFailed, Server
 from albireo.errors import ConfigError
 from albireo.exposure import Page, read_pages
+from albireo.perfetto import NoSteps, make_trace, summary, write_trace
 from albireo.v1 import ledger_pb2, ledger_pb2_grpc
 
 _READ_TIMEOUT_S = 10.0
-_NEVER = np.iinfo(np.int64).max
-
-Event = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a thread did: a span per row, [rows] starts and ends in nanoseconds; 0 means that it did not happen."""
-
-    name: str
-    starts: Int64Array
-    ends: Int64Array
-    args: Sequence[Event]
-
-
-@dataclass(frozen=True)
-class Track:
-    """A thread of the picture."""
-
-    name: str
-    tasks: Sequence[Task]
 
 
 def run(argv: Sequence[str]) -> int:
@@ -56,17 +24,20 @@ def run(argv: Sequence[str]) -> int:
         description="Write a picture of a running server's latest steps: open it at https://ui.perfetto.dev, or in "
         "Chrome at chrome://tracing.",
     )
-    parser.add_argument("--target", default=client.DEFAULT_TARGET, metavar="HOST:PORT", help="default: %(default)s")
+    client.add_server_flags(parser)
     parser.add_argument("--steps", type=int, default=200, metavar="N", help="the latest steps; default: %(default)s")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the JSON file to write")
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps: at least 1 is needed")
-    pages = asyncio.run(read_ledger(args.target, args.steps))
-    trace = make_trace(pages, args.steps)
+    pages = asyncio.run(read_ledger(client.server_of(args), args.steps))
+    try:
+        trace = make_trace(pages, args.steps)
+    except NoSteps:
+        raise CallFailed("NOT_FOUND", "the server has run no steps yet: send it a request first") from None
     num_steps, duration_us = summary(trace)
     try:
-        Path(args.output).write_text(json.dumps(trace))
+        write_trace(Path(args.output), trace)
     except OSError as error:
         raise ConfigError(f"-o {args.output}: {error.strerror}") from error
     print(f"{args.output}: {num_steps} steps, {duration_us / 1e3:.1f} ms of {len(pages)} processes")
@@ -74,9 +45,10 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-async def read_ledger(target: str, num_rows: int = 0) -> list[Page]:
-    """The pages that the process at ``target`` answers with: its latest ``num_rows`` rows each, 0 for all."""
-    async with rpc.make_channel(target) as channel:
+async def read_ledger(server: Server, num_rows: int = 0) -> list[Page]:
+    """The pages that ``server`` answers with: its latest ``num_rows`` rows each, 0 for all."""
+    target = server.target
+    async with rpc.make_channel(target, security=server.security) as channel:
         stub = ledger_pb2_grpc.LedgerStub(channel)
         try:
             answer = await stub.Read(ledger_pb2.ReadLedgerRequest(num_rows=num_rows), timeout=_READ_TIMEOUT_S)
@@ -86,148 +58,3 @@ async def read_ledger(target: str, num_rows: int = 0) -> list[Page]:
         return read_pages(answer.pages)
     except ValueError as error:
         raise CallFailed("INTERNAL", f"{target} answers with a page that cannot be read: {error}") from error
-
-
-def make_trace(pages: Sequence[Page], num_steps: int) -> dict[str, Any]:
-    """The trace of the latest ``num_steps`` steps.
-
-    Raises CallFailed when there are none: the server has not served anything yet.
-    """
-    step_ids = np.unique(np.concatenate([np.zeros(0, np.int64), *(_done_steps(page) for page in pages)]))[-num_steps:]
-    if not len(step_ids):
-        raise CallFailed("NOT_FOUND", "the server has run no steps yet: send it a request first")
-    stepping = [_rows_since(page, "step_id", int(step_ids[0])) for page in pages if not page.is_frontend]
-    times = [page[name] for page in stepping for name in page.columns if name.endswith("_at_ns")]
-    begin = min(int(column[column > 0].min(initial=_NEVER)) for column in times)
-    shown = stepping + [_rows_since(page, "received_at_ns", begin) for page in pages if page.is_frontend]
-    events: list[Event] = []
-    for process_id, page in enumerate(sorted(shown, key=_place), start=1):
-        events += _process_events(process_id, page, begin)
-    events += _arrows(events)
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def summary(trace: dict[str, Any]) -> tuple[int, float]:
-    """Steps of a trace, and how long it lasts in microseconds."""
-    spans = [event for event in trace["traceEvents"] if event["ph"] == "X"]
-    steps = {event["args"]["step"] for event in spans if "step" in event["args"]}
-    return len(steps), max(event["ts"] + event["dur"] for event in spans)
-
-
-def _done_steps(page: Page) -> Int64Array:
-    if page.is_planner:
-        return page["step_id"]
-    return page["step_id"][page["end_at_ns"] > 0] if page.is_rank else np.zeros(0, dtype=np.int64)
-
-
-def _rows_since(page: Page, column: str, first: int) -> Page:
-    return page.select(page[column] >= first)
-
-
-def _place(page: Page) -> tuple[int, int, str]:
-    """Front ends on top, then the planner, then ranks by number."""
-    number = page.process.rpartition("-")[2]
-    return (page.is_planner + 2 * page.is_rank, int(number) if number.isdigit() else 0, page.process)
-
-
-def _process_events(process_id: int, page: Page, begin: int) -> Iterator[Event]:
-    yield _metadata("process_name", process_id, 0, name=page.process)
-    yield _metadata("process_sort_index", process_id, 0, sort_index=process_id)
-    tracks = (
-        _planner_tracks(page) if page.is_planner else _rank_tracks(page) if page.is_rank else _frontend_tracks(page)
-    )
-    for thread_id, track in enumerate(tracks, start=1):
-        yield _metadata("thread_name", process_id, thread_id, name=track.name)
-        yield _metadata("thread_sort_index", process_id, thread_id, sort_index=thread_id)
-        yield from _spans(process_id, thread_id, track, begin)
-
-
-def _metadata(what: str, process_id: int, thread_id: int, **args: object) -> Event:
-    return {"ph": "M", "name": what, "pid": process_id, "tid": thread_id, "args": args}
-
-
-def _spans(process_id: int, thread_id: int, track: Track, begin: int) -> Iterator[Event]:
-    """A track's spans, oldest first. One thread does one thing at a time: a span that begins before the last one has
-    ended (its timestamp is older than its thread's turn) is shown from there on."""
-    spans = [
-        (start, end, task.name, args)
-        for task in track.tasks
-        for start, end, args in zip(task.starts.tolist(), task.ends.tolist(), task.args, strict=True)
-        if 0 < start < end
-    ]
-    free = begin
-    for start, end, name, args in sorted(spans, key=lambda span: span[:2]):
-        shown = max(start, free)
-        free = max(free, end)
-        if end < shown:
-            continue
-        yield {
-            "ph": "X",
-            "name": name,
-            "cat": track.name,
-            "pid": process_id,
-            "tid": thread_id,
-            "ts": (shown - begin) / 1e3,
-            "dur": (end - shown) / 1e3,
-            "args": args,
-        }
-
-
-def _planner_tracks(page: Page) -> list[Track]:
-    args = _args(page, "step_id", "num_rows", "num_tokens")
-    tasks = [("T1 plan", "plan"), ("T5 commit", "commit"), ("T5 deliver", "deliver")]
-    spans = [Task(name, page[f"{each}_start_at_ns"], page[f"{each}_end_at_ns"], args) for name, each in tasks]
-    return [Track("step loop", spans)]
-
-
-def _rank_tracks(page: Page) -> list[Track]:
-    args = _args(page, "step_id", "num_rows", "num_tokens")
-    starts, ends = page["start_at_ns"], page["end_at_ns"]
-    samples_at = np.maximum(starts, ends - page["sample_ns"])
-    device = [Task("T3 forward", starts, samples_at, args), Task("T4 sample", samples_at, ends, args)]
-    follows = np.diff(page["step_id"]) == 1
-    waited = follows & (starts[1:] > ends[:-1]) & (ends[:-1] > 0)
-    before = [each for each, is_gap in zip(args[1:], waited, strict=True) if is_gap] if len(page) else []
-    device.append(Task("idle", ends[:-1][waited], starts[1:][waited], before))
-    tracks = [
-        Track("I/O thread", [Task("T2 prepare", page["received_at_ns"], page["prepared_at_ns"], args)]),
-        Track("device", device),
-    ]
-    if page["kv_ns"].any():
-        moved = np.where(page["kv_ns"] > 0, starts, 0)  # their length is known, not when they began
-        tracks.append(Track("KV transfers", [Task("KV", moved, moved + page["kv_ns"], args)]))
-    return tracks
-
-
-def _frontend_tracks(page: Page) -> list[Track]:
-    args = _args(page, "num_sequences", "num_tokens")
-    return [Track("tokens", [Task("T5 dispatch", page["received_at_ns"], page["dispatched_at_ns"], args)])]
-
-
-def _args(page: Page, *columns: str) -> list[Event]:
-    """Each row's counts, by names without prefix: ``num_rows`` is "rows", ``step_id`` "step"."""
-    names = [name.removeprefix("num_").removesuffix("_id") for name in columns]
-    values = zip(*(page[name].tolist() for name in columns), strict=True)
-    return [dict(zip(names, row, strict=True)) for row in values]
-
-
-def _arrows(events: Iterable[Event]) -> list[Event]:
-    """Flow events from the end of each plan to each rank's forward pass of that step."""
-    plans: dict[int, Event] = {}
-    passes: list[Event] = []
-    for event in events:
-        if event["name"] == "T1 plan":
-            plans[event["args"]["step"]] = event
-        elif event["name"] == "T3 forward":
-            passes.append(event)
-    arrows: list[Event] = []
-    for number, event in enumerate(passes):
-        plan = plans.get(event["args"]["step"])
-        if plan is None:
-            continue
-        common = {"name": "plan", "cat": "plan", "id": number}
-        # A flow begins within its slice, or Perfetto ties it to none.
-        leaves = {"ph": "s", "pid": plan["pid"], "tid": plan["tid"], "ts": plan["ts"] + plan["dur"] / 2}
-        arrives = {"ph": "f", "bp": "e", "pid": event["pid"], "tid": event["tid"], "ts": event["ts"]}
-        arrows += [{**common, **leaves}, {**common, **arrives}]
-    return arrows

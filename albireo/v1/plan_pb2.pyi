@@ -198,8 +198,18 @@ class Transfer(_message.Message):
     hashes: bytes
     offsets: bytes
     after_step: int
-    lease: bytes
-    def __init__(self, transfer_id: _Optional[int] = ..., kind: _Optional[_Union[Transfer.Kind, str]] = ..., blocks: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., after_step: _Optional[int] = ..., lease: _Optional[bytes] = ...) -> None: ...
+    lease: KvLease
+    def __init__(self, transfer_id: _Optional[int] = ..., kind: _Optional[_Union[Transfer.Kind, str]] = ..., blocks: _Optional[bytes] = ..., hashes: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., after_step: _Optional[int] = ..., lease: _Optional[_Union[KvLease, _Mapping]] = ...) -> None: ...
+
+class KvLease(_message.Message):
+    __slots__ = ("arena_id", "arena_bytes", "lease")
+    ARENA_ID_FIELD_NUMBER: _ClassVar[int]
+    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    arena_id: bytes
+    arena_bytes: int
+    lease: int
+    def __init__(self, arena_id: _Optional[bytes] = ..., arena_bytes: _Optional[int] = ..., lease: _Optional[int] = ...) -> None: ...
 
 class TransferResult(_message.Message):
     __slots__ = ("transfer_id", "succeeded", "num_bytes", "duration_ns")

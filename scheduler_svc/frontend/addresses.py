@@ -21,6 +21,8 @@ from pathlib import Path
 from grpc import aio
 
 from albireo.errors import ConfigError
+from albireo.rpc import listen
+from albireo.security import OPEN, Security
 
 _MAX_PATH_BYTES = 107  # of a unix socket, without the terminating zero
 
@@ -32,7 +34,8 @@ class Addresses:
     Use: `bind`, start the server, `take_over`; at the end `close`, `have_successor` and `num_connections`, `remove`.
     """
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], security: Security = OPEN) -> None:
+        self._security = security
         self.names = tuple(addresses)
         self._tcp = [_host_and_port(address) for address in addresses if not address.startswith("unix:")]
         self._paths = {_path(address): _bound_path(address) for address in addresses if address.startswith("unix:")}
@@ -50,10 +53,7 @@ class Addresses:
                     raise ConfigError(
                         f"cannot listen on {address}: a socket's path has {_MAX_PATH_BYTES} bytes at most"
                     )
-            try:
-                server.add_insecure_port(bound)
-            except RuntimeError as error:
-                raise ConfigError(f"cannot listen on {address}: {error}") from error
+            listen(server, bound, self._security)
 
     def take_over(self) -> None:
         """From now on new connections to our paths come here."""

@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import grpc
 from grpc import aio
 
 from albireo.errors import AlbireoError
+from albireo.identity import Role, current_caller
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"  # a string: the class takes no parameters at run time
 
@@ -36,8 +38,22 @@ async def refuse(context: Context, error: AlbireoError) -> None:
 
 
 def tenant_of(context: Context) -> str:
-    """The tenant that trusted metadata names; empty: the default one."""
+    """Whose request this is: the caller's, unless that is trusted and names another one; empty: the default tenant."""
+    return named_tenant(context) or current_caller.get().name
+
+
+def named_tenant(context: Context) -> str | None:
+    """Whom a request is restricted to: a tenant to itself, others to whom their metadata names; None: to nobody."""
+    caller = current_caller.get()
+    if caller.role is Role.TENANT:
+        return caller.name
     for key, value in context.invocation_metadata() or ():
         if key == "x-tenant":
-            return value if isinstance(value, str) else value.decode(errors="replace")
-    return ""
+            return (value if isinstance(value, str) else value.decode(errors="replace")) or None
+    return None
+
+
+def trace_context_of(context: Context) -> Mapping[str, str]:
+    """What a call's metadata says of the trace that it belongs to, by W3C's names."""
+    metadata = context.invocation_metadata() or ()
+    return {key: str(value) for key, value in metadata if key in ("traceparent", "tracestate")}

@@ -30,6 +30,7 @@ class Delta:
 
     Attributes:
         logprobs: parallel to the tokens where they are wanted, else empty.
+        prompt_logprobs: of the prompt's tokens but the first, in a completion's first delta, where they are wanted.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Delta:
     finish: Finish | None = None
     num_cached_tokens: int = 0  # of the prompt
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: WaitingLogprobs | None = None
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text or self.finish)
@@ -65,6 +67,7 @@ class Completion:
     ) -> None:
         self.index = index
         self.finish: Finish | None = None
+        self.num_tokens = 0  # received, but for one that ended it
         self.num_cached_tokens = 0  # of the prompt
         self.num_waiting_bytes = 0  # about what was received and not taken
         self._end_ids = end_ids
@@ -72,7 +75,6 @@ class Completion:
         self._min_tokens = min_tokens
         self._text = text
         self._matcher = matcher
-        self._num_tokens = 0
         self._suspect: int | None = None  # one of end_ids; the planner's verdict on it is still to come
         self._end_token: int | None = None
         self._token_ids: list[int] = []  # not taken yet
@@ -151,11 +153,11 @@ class Completion:
     def _add(self, token_ids: list[int]) -> int | None:
         self.num_waiting_bytes += _BYTES_PER_TOKEN * len(token_ids)
         if self._matcher is None or self._text is None:
-            self._num_tokens += len(token_ids)
+            self.num_tokens += len(token_ids)
             self._token_ids.extend(token_ids)
             return None
         for token_id in token_ids:
-            self._num_tokens += 1
+            self.num_tokens += 1
             self._token_ids.append(token_id)
             if self._match(self._text.push((token_id,))):
                 return self._finish_at_stop_string()
@@ -166,14 +168,14 @@ class Completion:
         assert self._matcher is not None
         if piece:
             self.num_waiting_bytes += len(piece)
-            self._pieces.append(self._matcher.push(piece, armed=self._num_tokens >= self._min_tokens))
+            self._pieces.append(self._matcher.push(piece, armed=self.num_tokens >= self._min_tokens))
         return self._matcher.matched is not None
 
     def _finish_at_stop_string(self) -> int:
         assert self._matcher is not None
         self.finish = Finish(
             reason=generation_pb2.FINISH_REASON_STOP,
-            num_output_tokens=self._num_tokens,
+            num_output_tokens=self.num_tokens,
             matched_stop_str=self._matcher.matched,
         )
-        return self._num_tokens
+        return self.num_tokens

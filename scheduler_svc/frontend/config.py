@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 
 from albireo.config import flag
+from albireo.security import SecurityFlags
+from albireo.tracing import TracingFlags
 
 _POSITIVE = (
     "startup_timeout",
@@ -18,7 +20,7 @@ _MAX_MESSAGE_MIB = 1024  # gRPC counts bytes in an int32
 
 
 @dataclass(frozen=True)
-class FrontendConfig:
+class FrontendConfig(SecurityFlags, TracingFlags):
     """See ``python -m scheduler_svc frontend --help``."""
 
     model: str = flag("demo", "model: 'demo', a directory, or a Hugging Face Hub id")
@@ -35,6 +37,7 @@ class FrontendConfig:
     write_timeout: float = flag(30.0, "seconds that a client may leave a write pending before its request is cancelled")
     max_backlog_kib: int = flag(4096, "KiB that one request may have waiting for its client")
     max_message_mib: int = flag(64, "MiB of the largest request")
+    profile_dir: str = flag("", "directory that StartProfile of the vLLM API writes to; else there are no profiles")
     metrics_port: int = flag(0, "port of Prometheus metrics, on --host; 0: none")
     log_level: str = flag("info", "log level", choices=("debug", "info", "warning", "error"))
 

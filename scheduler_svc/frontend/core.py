@@ -6,19 +6,22 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 
 import structlog
 from grpc import aio
 
 from albireo.errors import AlbireoError, GroupUnavailable, Overloaded
+from albireo.tracing import Span, Tracer
 from albireo.v1 import plan_pb2
-from scheduler_svc.frontend.calls import Context, refuse
+from scheduler_svc.frontend.calls import Context, refuse, trace_context_of
 from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.model import ServedModel
 from scheduler_svc.frontend.slots import WriteSlots
+from scheduler_svc.frontend.spans import SPAN_NAME, request_attributes
 from scheduler_svc.frontend.stream import RequestStream
 from scheduler_svc.frontend.validation import GenerationRequest, Limits, RequestFields, check_text, validate
 
@@ -29,11 +32,20 @@ _MAX_INLINE_CHARS = 2048
 _MAX_LOGGED_CHARS = 256
 _RETRY_AFTER_S = 1.0
 
+_current_span: ContextVar[Span | None] = ContextVar("current_span", default=None)  # of a traced call
+
 
 class Core:
     """One per front end."""
 
-    def __init__(self, config: FrontendConfig, model: ServedModel, link: PlannerLink, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        config: FrontendConfig,
+        model: ServedModel,
+        link: PlannerLink,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+    ) -> None:
         self.model = model
         self.link = link
         self.metrics = metrics
@@ -44,6 +56,7 @@ class Core:
         self._max_streams = config.max_streams
         self._backlog_bytes = config.max_backlog_kib << 10
         self._is_closing = False
+        self._tracer = tracer
         self._left: asyncio.Future[None] | None = None  # a request has, since the last look
         self._tokenising = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
 
@@ -85,6 +98,9 @@ class Core:
         assert prompt_ids is not None
         assert not isinstance(prompt_ids, str)
         request = await self._validate(fields, prompt_ids, limits)
+        span = _current_span.get() if self._tracer is not None else None
+        if span is not None:
+            span.note(request_attributes(request, self.model.name))
         eos = frozenset(group.eos_token_ids)
         return RequestStream(
             request,
@@ -96,6 +112,7 @@ class Core:
             self._backlog_bytes,
             arrived_at,
             in_full,
+            span,
         )
 
     async def handle(
@@ -111,6 +128,9 @@ class Core:
         self.last_received_at = time.time()
         request_id = request_id or uuid.uuid4().hex
         outcome = "cancelled"
+        span = self._tracer.begin(SPAN_NAME, trace_context_of(context)) if self._tracer is not None else None
+        if span is not None:
+            _current_span.set(span)
         self.num_open += 1
         try:
             if self.num_open > self._max_streams:
@@ -131,6 +151,8 @@ class Core:
             if self._left is not None and not self._left.done():
                 self._left.set_result(None)
             self.metrics.count_request(outcome)
+            if span is not None:
+                span.end(outcome)
             log_end = log.debug if outcome in ("finished", "cancelled") else log.info
             log_end("request", request_id=request_id[:_MAX_LOGGED_CHARS], outcome=outcome)
 

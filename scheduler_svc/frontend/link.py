@@ -13,11 +13,21 @@ import grpc
 import structlog
 from grpc import aio
 
+from albireo import cache_events
+from albireo.cache_events import Change
 from albireo.errors import AlbireoError, DeadlineExceeded, GroupUnavailable
 from albireo.ledger import FRONTEND_COLUMNS, Ledger
 from albireo.rpc import make_channel
+from albireo.security import OPEN, Security
 from albireo.v1 import frontend_pb2, frontend_pb2_grpc, ledger_pb2, ledger_pb2_grpc, plan_pb2
-from scheduler_svc.frontend.messages import MAX_SUBMITS_BYTES, in_messages, logprobs_in, started_in, tokens_in
+from scheduler_svc.frontend.messages import (
+    MAX_SUBMITS_BYTES,
+    in_messages,
+    logprobs_in,
+    prompt_logprobs_in,
+    started_in,
+    tokens_in,
+)
 from scheduler_svc.frontend.outstanding import Outstanding, Receiver
 
 log = structlog.get_logger()
@@ -41,17 +51,21 @@ class PlannerLink:
         load: the planner's latest figures.
         ledger: one row per message with tokens.
         on_change: called when `is_serving` may have changed.
+        on_load: called when there are new figures.
+        on_cache_changes: called with what comes while the cache is followed, and shortly after.
     """
 
-    def __init__(self, target: str, name: str, recovery_timeout_s: float = 30.0) -> None:
+    def __init__(self, target: str, name: str, recovery_timeout_s: float = 30.0, security: Security = OPEN) -> None:
         self.group: plan_pb2.GroupInfo | None = None
         self.load = frontend_pb2.Load()
         self.ledger = Ledger(name, FRONTEND_COLUMNS)
         self.on_change: Callable[[], None] = lambda: None
+        self.on_load: Callable[[], None] = lambda: None
+        self.on_cache_changes: Callable[[Sequence[Change]], None] = lambda _: None
         self._target = target
         self._name = name
         self._recovery_timeout_s = recovery_timeout_s
-        self._channel = make_channel(target, to_peer=True)
+        self._channel = make_channel(target, to_peer=True, security=security)
         self._call: _Call | None = None
         self._sequences: dict[int, Outstanding] = {}
         self._next_sequence_id = 1
@@ -60,6 +74,7 @@ class PlannerLink:
         self._num_submit_bytes = 0  # in the outbox's last message
         self._is_attached = False
         self._is_open = False
+        self._follows_cache = False
 
     @property
     def is_open(self) -> bool:
@@ -152,6 +167,8 @@ class PlannerLink:
             del message.submits[:]
             message.submits.extend(waiting)
         self._outbox = [*in_messages(submits.values()), *self._outbox]
+        if self._follows_cache:
+            self._pending().follows_cache = True
         if self._outbox:
             self._num_submit_bytes = self._outbox[-1].ByteSize()
             self._outbox_filled.set()
@@ -160,7 +177,8 @@ class PlannerLink:
         """Queues a sequence; gives it an id and returns that. Raises GroupUnavailable when there is no planner.
 
         ``remaining_s`` counts from now, wherever and whenever the sequence runs. ``submit`` is kept: for another
-        sequence of the same request it may be submitted again, with another seed, and with no other change.
+        sequence of the same request it may be submitted again, with another seed, with prompt logprobs or without, and
+        with no other change.
         """
         if not self._is_open:
             raise GroupUnavailable("there is no link to the planner")
@@ -194,6 +212,13 @@ class PlannerLink:
         """Asks the planner to forget what KV blocks hold."""
         if self._is_open:
             self._pending().flushes_cache = True
+
+    def follow_cache(self, follows: bool) -> None:
+        """From now on: whether the planner tells what changes in the prefix cache. First, and again after any loss,
+        come a reset and all that is cached."""
+        self._follows_cache = follows
+        if self._is_open:
+            self._pending().follows_cache = follows
 
     def fail_all(self, error: AlbireoError) -> None:
         """Fails every sequence."""
@@ -290,12 +315,18 @@ class PlannerLink:
         """Spreads a message over its sequences. Raises ValueError when it cannot be read."""
         received_at_ns = time.monotonic_ns()
         started, tokens, logprobs = started_in(message), tokens_in(message), logprobs_in(message)
+        scored = prompt_logprobs_in(message)
         now = received_at_ns / 1e9
         for sequence_id, num_cached_tokens in started:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None and not sequence.has_started:
                 sequence.has_started = True
                 self._tell(sequence_id, sequence.receiver, sequence.receiver.start, num_cached_tokens)
+        for sequence_id, first_position, of_prompt in scored:
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None:
+                sequence.num_scored = first_position + len(of_prompt.indices)
+                self._tell(sequence_id, sequence.receiver, sequence.receiver.score, of_prompt)
         for sequence_id, token_ids in tokens.items():
             sequence = self._sequences.get(sequence_id)  # none: cancelled, or ended by a stop string
             if sequence is not None:
@@ -309,8 +340,11 @@ class PlannerLink:
         if tokens:
             num_tokens = sum(map(len, tokens.values()))
             self.ledger.add(received_at_ns, time.monotonic_ns(), len(tokens), num_tokens)
+        if message.cache_events:
+            self.on_cache_changes(cache_events.decode(message.cache_events))
         if message.HasField("load"):
             was_serving, self.load = self.load.is_serving, message.load
+            self.on_load()
             if was_serving is not self.load.is_serving:
                 self.on_change()
 

@@ -41,6 +41,7 @@ class LogitFields:
     bad_words: Sequence[str] = ()
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,6 +54,7 @@ class LogitParams:
         allowed_mask: a bit per token of the vocabulary, the lowest first, where that is shorter than the ids.
         bad_words: token ids that never follow each other in the output.
         num_logprobs: of the likeliest tokens, beside the sampled one's; None: no logprobs at all.
+        num_prompt_logprobs: the same beside each of the prompt's tokens.
     """
 
     min_p: float
@@ -65,14 +67,13 @@ class LogitParams:
     allowed_mask: bytes
     bad_words: tuple[tuple[int, ...], ...]
     num_logprobs: int | None
+    num_prompt_logprobs: int | None
 
 
 def check_logit_params(
     fields: LogitFields, encode: Encode, vocab_size: int, min_p: float, repetition_penalty: float
 ) -> LogitParams:
     """``min_p`` and ``repetition_penalty`` where the fields are absent. Raises InvalidRequest."""
-    if fields.logprobs is not None and not 0 <= fields.logprobs <= MAX_LOGPROBS:
-        raise InvalidRequest(f"sampling_params.logprobs is {fields.logprobs}; it must be 0 to {MAX_LOGPROBS}")
     bias_token_ids, biases = _biases(fields.logit_bias, vocab_size)
     allowed_token_ids, allowed_mask = _allowed(fields.allowed_token_ids, vocab_size)
     return LogitParams(
@@ -87,8 +88,15 @@ def check_logit_params(
         allowed_token_ids=allowed_token_ids,
         allowed_mask=allowed_mask,
         bad_words=_bad_words(fields, encode, vocab_size),
-        num_logprobs=fields.logprobs,
+        num_logprobs=_num_logprobs("logprobs", fields.logprobs),
+        num_prompt_logprobs=_num_logprobs("prompt_logprobs", fields.prompt_logprobs),
     )
+
+
+def _num_logprobs(name: str, value: int | None) -> int | None:
+    if value is not None and not 0 <= value <= MAX_LOGPROBS:
+        raise InvalidRequest(f"sampling_params.{name} is {value}; it must be 0 to {MAX_LOGPROBS}")
+    return value
 
 
 def check_min_p(value: float) -> float:

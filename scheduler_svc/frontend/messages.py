@@ -6,7 +6,7 @@ All functions are pure. Those that read raise ValueError for a message that cann
 from collections.abc import Iterable
 
 from albireo.arrays import Int32Array, UInt64Array, unpack_int32, unpack_uint64
-from albireo.logprobs import Logprobs, decode
+from albireo.logprobs import Logprobs, decode, decode_whole
 from albireo.v1 import frontend_pb2
 from scheduler_svc.frontend.logprobs import split_logprobs
 
@@ -37,6 +37,11 @@ def logprobs_in(message: frontend_pb2.PlannerMessage) -> dict[int, Logprobs]:
         return {}
     sequence_ids = unpack_uint64(message.token_sequence_ids)
     return split_logprobs(sequence_ids, decode(message.logprobs, len(sequence_ids)))
+
+
+def prompt_logprobs_in(message: frontend_pb2.PlannerMessage) -> list[tuple[int, int, Logprobs]]:
+    """Those of prompts: sequence, place of the first one's token in the prompt, and they themselves."""
+    return [(each.sequence_id, each.first_position, decode_whole(each.logprobs)) for each in message.prompt_logprobs]
 
 
 def group_tokens(sequence_ids: UInt64Array, token_ids: Int32Array) -> dict[int, list[int]]:

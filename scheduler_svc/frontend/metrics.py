@@ -13,11 +13,13 @@ from threading import Thread
 from wsgiref.simple_server import WSGIServer
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from albireo.errors import ConfigError
+from albireo.metrics import open_page
+from albireo.security import OPEN, Security
 
 log = structlog.get_logger()
 
@@ -95,7 +97,8 @@ class Metrics(Collector):
 class MetricsPage:
     """``GET /metrics`` on a port; 0: none. While a predecessor still has the port, it is tried again and again."""
 
-    def __init__(self, host: str, port: int, metrics: Metrics) -> None:
+    def __init__(self, host: str, port: int, metrics: Metrics, security: Security = OPEN) -> None:
+        self._security = security
         self._host = host
         self._port = port
         self._metrics = metrics
@@ -125,7 +128,7 @@ class MetricsPage:
 
     def _try_to_open(self) -> bool:
         try:
-            self._server = start_http_server(self._port, addr=self._host, registry=self._metrics.registry)
+            self._server = open_page(self._port, self._host, self._metrics.registry, self._security)
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 return False

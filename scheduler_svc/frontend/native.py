@@ -2,7 +2,7 @@
 
 from albireo.errors import AlbireoError
 from albireo.v1 import generation_pb2, generation_pb2_grpc
-from scheduler_svc.frontend.calls import Context, refuse, tenant_of
+from scheduler_svc.frontend.calls import Context, named_tenant, refuse, tenant_of
 from scheduler_svc.frontend.completion import Delta, Finish
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.deadline import deadline_in
@@ -30,7 +30,7 @@ class GenerationServicer(generation_pb2_grpc.GenerationServicer):
 
     async def Abort(self, request: generation_pb2.AbortRequest, context: Context) -> generation_pb2.AbortResponse:
         try:
-            self._core.link.abort(check_labels(request.request_ids))
+            self._core.link.abort(check_labels(request.request_ids), named_tenant(context))
         except AlbireoError as error:
             await refuse(context, error)
         return generation_pb2.AbortResponse()
@@ -83,6 +83,8 @@ def _sampling_fields(params: generation_pb2.SamplingParams) -> SamplingFields:
         bad_words=params.bad_words,
         bad_words_token_ids=[word.ids for word in params.bad_words_token_ids],
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+        truncate_prompt_tokens=params.truncate_prompt_tokens if params.HasField("truncate_prompt_tokens") else None,
     )
 
 
@@ -99,6 +101,8 @@ def _response(delta: Delta, stream: RequestStream) -> generation_pb2.GenerateRes
             cached_tokens=delta.num_cached_tokens,
         )
         response.finish.CopyFrom(_finish(delta.finish, usage))
+    if delta.prompt_logprobs is not None:
+        response.prompt_logprobs.extend(map(_logprobs, delta.prompt_logprobs))
     if delta.logprobs:
         response.logprobs.extend(map(_logprobs, delta.logprobs))
     return response

@@ -9,6 +9,8 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from albireo.errors import ConfigError, GroupUnavailable
 from albireo.rpc import Health, add_health, make_server
+from albireo.security import OPEN, Security
+from albireo.tracing import Tracer
 from albireo.v1 import generation_pb2_grpc, ledger_pb2_grpc
 from scheduler_svc.frontend import ledger, native, vllm_api
 from scheduler_svc.frontend.addresses import Addresses
@@ -22,6 +24,14 @@ from scheduler_svc.frontend.model import ServedModel
 log = structlog.get_logger()
 
 _SERVICES = (native.SERVICE_NAME, vllm_api.SERVICE_NAME, ledger.SERVICE_NAME)
+# What a tenant may not do: see what others send and when, or slow them down.
+_FOR_OPERATORS = (
+    f"/{ledger.SERVICE_NAME}/Read",
+    f"/{vllm_api.SERVICE_NAME}/FlushCache",
+    f"/{vllm_api.SERVICE_NAME}/SubscribeKvEvents",
+    f"/{vllm_api.SERVICE_NAME}/StartProfile",
+    f"/{vllm_api.SERVICE_NAME}/StopProfile",
+)
 _MIN_CONNECTION_AGE_S = 1.0
 _AGE_SPREAD = 1.1  # gRPC varies the age of connections by a tenth
 _SUCCESSOR_CHECK_S = 0.25
@@ -36,19 +46,26 @@ class FrontendServer:
     """
 
     def __init__(
-        self, config: FrontendConfig, model: ServedModel, on_serving: Callable[[], None] = lambda: None
+        self,
+        config: FrontendConfig,
+        model: ServedModel,
+        security: Security = OPEN,
+        tracer: Tracer | None = None,
+        on_serving: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         shared = [f"{config.host}:{config.port}"] if config.port else []
-        self._addresses = Addresses([*shared, *([config.listen] if config.listen else [])])
-        self._link = PlannerLink(config.planner, config.name, config.recovery_timeout)
+        self._addresses = Addresses([*shared, *([config.listen] if config.listen else [])], security)
+        self._link = PlannerLink(config.planner, config.name, config.recovery_timeout, security)
         self._metrics = Metrics()
-        self._metrics_page = MetricsPage(config.host, config.metrics_port, self._metrics)
-        self._core = Core(config, model, self._link, self._metrics)
+        self._metrics_page = MetricsPage(config.host, config.metrics_port, self._metrics, security)
+        self._core = Core(config, model, self._link, self._metrics, tracer)
         self._connection_age_s = max(_MIN_CONNECTION_AGE_S, config.drain_timeout / 2)
         self._server = make_server(
             reuse_port=True,
             interceptors=[RefuseMalformed(_SERVICES)],
+            security=security,
+            for_operators=_FOR_OPERATORS,
             options={
                 "grpc.max_receive_message_length": config.max_message_mib << 20,
                 # Streams that a client does not read stay open, so there may be more of them than requests.
@@ -57,7 +74,8 @@ class FrontendServer:
             },
         )
         generation_pb2_grpc.add_GenerationServicer_to_server(native.GenerationServicer(self._core), self._server)
-        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(vllm_api.VllmEngineServicer(self._core), self._server)
+        self._vllm = vllm_api.VllmEngineServicer(self._core, config)
+        vllm_engine_pb2_grpc.add_VllmEngineServicer_to_server(self._vllm, self._server)
         ledger_pb2_grpc.add_LedgerServicer_to_server(ledger.LedgerServicer(self._link), self._server)
         self._health: Health | None = None
         self._on_serving = on_serving
@@ -95,6 +113,7 @@ class FrontendServer:
         Where a successor listens, requests are taken until their connections have moved there; else none any more.
         """
         self._is_stopping = True
+        self._vllm.close()
         if self._health is not None:
             await self._health.set_serving(False)
         with contextlib.suppress(TimeoutError):

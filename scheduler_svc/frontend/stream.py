@@ -7,16 +7,18 @@ from typing import Any
 
 import grpc
 
-from albireo.arrays import pack_float32, pack_int32
 from albireo.errors import AlbireoError, Overloaded
 from albireo.logprobs import Logprobs
-from albireo.v1 import frontend_pb2, plan_pb2
+from albireo.tracing import Span
+from albireo.v1 import frontend_pb2
 from scheduler_svc.frontend.calls import Context
 from scheduler_svc.frontend.completion import Completion, Delta
-from scheduler_svc.frontend.deadline import remaining_s
 from scheduler_svc.frontend.link import PlannerLink
+from scheduler_svc.frontend.logprobs import PromptLogprobs
 from scheduler_svc.frontend.metrics import Metrics
 from scheduler_svc.frontend.slots import WriteSlots
+from scheduler_svc.frontend.spans import completion_attributes
+from scheduler_svc.frontend.submit import submit_of
 from scheduler_svc.frontend.text import Detokenizer, StopMatcher
 from scheduler_svc.frontend.validation import GenerationRequest
 
@@ -55,6 +57,7 @@ class RequestStream:
         backlog_bytes: int,
         arrived_at: float,
         in_full: bool = False,
+        span: Span | None = None,
     ) -> None:
         self.request = request
         self._link = link
@@ -62,6 +65,7 @@ class RequestStream:
         self._slots = slots
         self._backlog_bytes = backlog_bytes
         self._in_full = in_full
+        self._span = span
         self._arrived_at = arrived_at
         self._ready: deque[_Sequence] = deque()
         self._loop = asyncio.get_running_loop()
@@ -73,16 +77,22 @@ class RequestStream:
         self._num_waiting_bytes = 0
         self._num_unfinished = request.n  # completions whose last delta was not taken
         self._num_running = request.n
+        self._prompt_logprobs: PromptLogprobs | None = None
+        if request.logits.num_prompt_logprobs is not None:
+            self._prompt_logprobs = PromptLogprobs(len(request.token_ids), request.n)
         end_ids = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else eos_token_ids)
         self._sequences = [
             _Sequence(self, _open_completion(i, request, end_ids, detokenizer)) for i in range(request.n)
         ]
 
     def __enter__(self) -> "RequestStream":
-        submit = _submit(self.request)
+        submit = submit_of(self.request)
+        if self._span is not None:
+            submit.trace_parent = self._span.trace_parent
         for sequence in self._sequences:
             submit.sampling.seed = self.request.seed_of(sequence.completion.index)
             sequence.sequence_id = self._link.submit(submit, sequence)
+            submit.ClearField("num_prompt_logprobs")  # one sequence scores the prompt for all
         self._metrics.num_streams_open += 1
         self._metrics.num_prompt_tokens += len(self.request.token_ids)
         return self
@@ -94,6 +104,8 @@ class RequestStream:
         self._slots.leave(self)
         for sequence in self._sequences:
             self._link.cancel(sequence.sequence_id)  # nothing where it is over
+        if self._span is not None:
+            self._span.note(completion_attributes([sequence.completion for sequence in self._sequences]))
 
     async def next_delta(self) -> Delta | None:
         """Waits until a completion has something new and there is a slot to write it; returns everything new of the
@@ -105,8 +117,7 @@ class RequestStream:
         if self._error is None and self._num_unfinished:
             self._turn = self._loop.create_future()
             self._has_asked = False
-            if self._ready:
-                self._ask()
+            self._ask()
             await self._turn
         if self._error is not None:
             raise self._error
@@ -140,12 +151,18 @@ class RequestStream:
         sequence.is_ready = False
         self._num_waiting_bytes -= sequence.completion.num_waiting_bytes
         delta = sequence.completion.take()
+        if delta and delta.is_first and self._prompt_logprobs is not None:
+            num_bytes = self._prompt_logprobs.num_bytes
+            delta.prompt_logprobs = self._prompt_logprobs.tell()
+            self._num_waiting_bytes -= num_bytes - self._prompt_logprobs.num_bytes
         if delta.finish is not None:
             self._num_unfinished -= 1
         return delta
 
     def _ask(self) -> None:
-        if not self._has_asked:
+        """For a slot, where there is something to write. All waits for the logprobs of the prompt."""
+        is_held = self._prompt_logprobs is not None and self._prompt_logprobs.num_missing
+        if self._ready and not is_held and not self._has_asked:
             self._has_asked = True
             self._slots.ask(self)
 
@@ -165,6 +182,18 @@ class RequestStream:
                 self.fail(Overloaded(f"the answer in full takes more than {most}: stream it"))
             else:
                 self.fail(Overloaded(f"the client reads too slowly: more than {most} wait for it"))
+
+    def scored(self, logprobs: Logprobs | None) -> None:
+        """Logprobs of more of the prompt's tokens came; None: no more will."""
+        if self._prompt_logprobs is None:
+            return
+        num_bytes = self._prompt_logprobs.num_bytes
+        if logprobs is None:
+            self._prompt_logprobs.give_up()
+        else:
+            self._prompt_logprobs.add(logprobs)
+        self.received(self._prompt_logprobs.num_bytes - num_bytes)
+        self._ask()
 
     def first_token_came(self, now: float) -> None:
         self._metrics.time_to_first_token.observe(now - self._arrived_at)
@@ -206,6 +235,9 @@ class _Sequence:
     def start(self, num_cached_tokens: int) -> None:
         self.completion.num_cached_tokens = num_cached_tokens
 
+    def score(self, logprobs: Logprobs) -> None:
+        self._stream.scored(logprobs)
+
     def receive(self, token_ids: list[int], now: float, logprobs: Logprobs | None) -> None:
         stream = self._stream
         metrics = stream._metrics
@@ -226,6 +258,8 @@ class _Sequence:
         if ended.HasField("refusal"):
             self._stream.fail(RequestRefused(ended.refusal))
             return
+        if self.completion.index == 0:
+            self._stream.scored(None)
         num_waiting_bytes = self.completion.num_waiting_bytes
         self.completion.end(ended)
         self._stream.changed(self)
@@ -254,45 +288,3 @@ def _open_completion(
         detokenizer.open(request.skip_special_tokens) if needs_text else None,
         matcher,
     )
-
-
-def _submit(request: GenerationRequest) -> frontend_pb2.Submit:
-    """Raises DeadlineExceeded."""
-    return frontend_pb2.Submit(
-        request_id=request.request_id,
-        token_ids=pack_int32(request.token_ids),
-        max_tokens=request.max_tokens,
-        sampling=_sampling(request),
-        stop_token_ids=pack_int32(request.stop_token_ids),
-        ignore_eos=request.ignore_eos,
-        priority=request.priority,
-        tenant=request.tenant,
-        remaining_s=remaining_s(request.deadline),
-        min_output_tokens=_min_output_tokens(request),
-    )
-
-
-def _sampling(request: GenerationRequest) -> plan_pb2.Sampling:
-    logits = request.logits
-    return plan_pb2.Sampling(
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_tokens=request.min_tokens,
-        min_p=logits.min_p,
-        repetition_penalty=logits.repetition_penalty,
-        presence_penalty=logits.presence_penalty,
-        frequency_penalty=logits.frequency_penalty,
-        bias_token_ids=pack_int32(logits.bias_token_ids),
-        biases=pack_float32(logits.biases),
-        allowed_token_ids=pack_int32(logits.allowed_token_ids),
-        allowed_mask=logits.allowed_mask,
-        bad_words=[pack_int32(word) for word in logits.bad_words],
-        num_logprobs=logits.num_logprobs,
-    )
-
-
-def _min_output_tokens(request: GenerationRequest) -> int:
-    """Each completion has so many tokens at least."""
-    may_stop = request.stop or request.stop_token_ids or not request.ignore_eos
-    return request.min_tokens if may_stop else request.max_tokens

@@ -2,12 +2,15 @@
 
 The pieces of a stream, joined, are exactly what ``tokenizer.decode`` gives for all of its ids, whatever the ids are:
 a piece is given out only when no later token can change it.
+
+In transformers that is ``decode`` with ``clean_up_tokenization_spaces=False``. Its clean-up takes away spaces that the
+model has written, has had other defaults in other versions, and may change what a client has read already.
 """
 
 import codecs
 import json
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
@@ -29,19 +32,18 @@ class Detokenizer:
         self._tokenizer = tokenizer
         decoder = tokenizer.decoder
         kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder is not None else []
+        special = frozenset(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
         self._is_byte_level = kinds == ["ByteLevel"]
-        self._has_byte_fallback = "ByteFallback" in kinds
         self._holds_replacement = "ByteLevel" in kinds
-        special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._bytes_with_special = _TokenBytes(tokenizer, frozenset())
-        self._bytes_without_special = _TokenBytes(tokenizer, frozenset(special))
-        self._special = frozenset(special)
+        # By whether special tokens are skipped.
+        self._bytes = [_TokenBytes(tokenizer, skipped) for skipped in (frozenset[int](), special)]
+        has_byte_fallback = "ByteFallback" in kinds
+        self._texts = [_TokenTexts(tokenizer, skipped, has_byte_fallback) for skipped in (frozenset[int](), special)]
 
     def open(self, skip_special_tokens: bool) -> TextStream:
         if self._is_byte_level:
-            return _ByteStream(self._bytes_without_special if skip_special_tokens else self._bytes_with_special)
-        skipped = self._special if skip_special_tokens else frozenset()
-        return _WindowStream(self._tokenizer, skipped, self._has_byte_fallback, self._holds_replacement)
+            return _ByteStream(self._bytes[skip_special_tokens])
+        return _WindowStream(self._tokenizer, self._texts[skip_special_tokens], self._holds_replacement)
 
 
 class _ByteStream:
@@ -66,31 +68,27 @@ class _WindowStream:
     back until another token ends it.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, skipped: frozenset[int], has_byte_fallback: bool, holds_replacement: bool
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, table: "_TokenTexts", holds_replacement: bool) -> None:
         self._tokenizer = tokenizer
-        self._skipped = skipped
-        self._has_byte_fallback = has_byte_fallback
+        self._table = table
         self._holds_replacement = holds_replacement
         self._context: list[int] = []  # the last token given out
         self._context_text = ""
         self._pending: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
-        token = None
+        last = None
         for token_id in token_ids:
-            # What is skipped or unknown leaves no trace in the text, and must not pass for a neighbour.
-            if token_id not in self._skipped and (name := self._tokenizer.id_to_token(token_id)) is not None:
+            if (token := self._table[token_id]) is not None:
                 self._pending.append(token_id)
-                token = name
-        if token is None or (self._has_byte_fallback and _is_byte_token(token)):
+                last = token
+        if last is None or last.is_byte:
             return ""
         piece = self._piece()
         if self._holds_replacement and piece.endswith("\ufffd"):
             return ""  # half a character, perhaps
         self._context = self._pending[-1:]
-        self._context_text = self._tokenizer.decode(self._context, skip_special_tokens=False)
+        self._context_text = last.text
         self._pending = []
         return piece
 
@@ -117,6 +115,31 @@ class _TokenBytes(dict[int, bytes]):
             value = bytes(_BYTE_OF_CHAR[char] for char in token)
         else:
             value = token.encode()  # an added token, spelled as it is
+        self[token_id] = value
+        return value
+
+
+class _TokenText(NamedTuple):
+    text: str  # when it stands alone
+    is_byte: bool  # one of a run that is read as a whole
+
+
+class _TokenTexts(dict[int, _TokenText | None]):
+    """What a window must know of each token, worked out when first asked for. None: it is skipped or unknown, leaves no
+    trace in the text, and must not pass for a neighbour."""
+
+    def __init__(self, tokenizer: Tokenizer, skipped: frozenset[int], has_byte_fallback: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._has_byte_fallback = has_byte_fallback
+
+    def __missing__(self, token_id: int) -> _TokenText | None:
+        token = None if token_id in self._skipped else self._tokenizer.id_to_token(token_id)
+        if token is None:
+            value = None
+        else:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            value = _TokenText(text, self._has_byte_fallback and _is_byte_token(token))
         self[token_id] = value
         return value
 

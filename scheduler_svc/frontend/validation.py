@@ -8,6 +8,7 @@ Rules that are not refusals:
 - top_k of the vocabulary's size or more is all, like 0.
 - max_tokens beyond what the context leaves ends at the context, with finish reason "length"; absent, it is what
   is left. min_tokens never exceeds it.
+- truncate_prompt_tokens beyond the prompt's length leaves it as it is; -1 leaves what the context takes.
 - An absent seed is drawn here. Completion 0 of a request keeps the seed, the others have seeds derived from it.
 
 More of them, for what changes logits, in `logit_params`.
@@ -45,6 +46,7 @@ MAX_LABELS = 10_000  # of one Abort
 MAX_CHARS_PER_CONTEXT_TOKEN = 64
 
 _GREEDY_BELOW = 1e-5
+_WHAT_FITS = -1  # as truncate_prompt_tokens
 # They would break a log's lines, or hide what it says.
 _CONTROL_CHARS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _UNPRINTABLE = re.compile("[^ -~]")  # or not ASCII
@@ -86,6 +88,7 @@ class SamplingFields(LogitFields):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     n: int = 1
+    truncate_prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +159,7 @@ def validate(
     """The request that ``fields`` ask for; ``prompt_ids`` are the prompt's tokens, whoever made them, and ``encode``
     makes those of bad words."""
     sampling = fields.sampling
-    token_ids = _prompt(fields.prompt_field, prompt_ids, limits)
+    token_ids = _prompt(fields.prompt_field, prompt_ids, sampling.truncate_prompt_tokens, limits)
     max_tokens, min_tokens = _lengths(sampling, limits.max_model_len - len(token_ids))
     _in_range("n", sampling.n, 1, MAX_COMPLETIONS)
     return GenerationRequest(
@@ -201,19 +204,28 @@ def check_defaults(defaults: SamplingDefaults) -> None:
     check_repetition_penalty(defaults.repetition_penalty)
 
 
-def _prompt(field: str, prompt_ids: Sequence[int], limits: Limits) -> Int32Array:
+def _prompt(field: str, prompt_ids: Sequence[int], num_last: int | None, limits: Limits) -> Int32Array:
+    """The last ``num_last`` tokens of a prompt; None: all; -1: what fits."""
     if not len(prompt_ids):
         raise InvalidRequest(f"{field} is empty; a prompt has at least one token")
-    if len(prompt_ids) >= limits.max_model_len:
+    if num_last is not None and num_last < 1 and num_last != _WHAT_FITS:
         raise InvalidRequest(
-            f"{field} has {len(prompt_ids)} tokens; the context of {limits.max_model_len} tokens takes"
+            f"sampling_params.truncate_prompt_tokens is {num_last}; it must be 1 or more, or {_WHAT_FITS}: what fits"
+        )
+    num_tokens = len(prompt_ids)
+    if num_last is not None:
+        num_tokens = min(num_tokens, limits.max_model_len - 1 if num_last == _WHAT_FITS else num_last)
+    first = len(prompt_ids) - num_tokens
+    if num_tokens >= limits.max_model_len:
+        raise InvalidRequest(
+            f"{field} has {num_tokens} tokens; the context of {limits.max_model_len} tokens takes"
             f" {limits.max_model_len - 1} at most, so that one can be generated"
         )
-    ids = np.fromiter(prompt_ids, dtype=np.int64, count=len(prompt_ids))
+    ids = np.fromiter(prompt_ids[first:], dtype=np.int64, count=num_tokens)
     wrong = np.flatnonzero((ids < 0) | (ids >= limits.vocab_size))
     if len(wrong):
         raise InvalidRequest(
-            f"{field}[{wrong[0]}] is {ids[wrong[0]]}; the vocabulary has ids 0 to {limits.vocab_size - 1}"
+            f"{field}[{first + wrong[0]}] is {ids[wrong[0]]}; the vocabulary has ids 0 to {limits.vocab_size - 1}"
         )
     return ids.astype(np.int32)
 

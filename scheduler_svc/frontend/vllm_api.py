@@ -8,31 +8,19 @@ import json
 import time
 from typing import Any
 
-from smg_grpc_proto import vllm_engine_pb2, vllm_engine_pb2_grpc
-from smg_grpc_proto.generated import common_pb2
+from smg_grpc_proto import vllm_engine_pb2
 
-from albireo.errors import AlbireoError, NotServed
+from albireo.errors import AlbireoError
 from scheduler_svc.frontend import vllm_fields
-from scheduler_svc.frontend.calls import Context, refuse
+from scheduler_svc.frontend.calls import Context, named_tenant, refuse
 from scheduler_svc.frontend.core import Core
 from scheduler_svc.frontend.validation import RequestFields, check_labels
+from scheduler_svc.frontend.vllm_operations import VllmOperations
 
 SERVICE_NAME = vllm_engine_pb2.DESCRIPTOR.services_by_name["VllmEngine"].full_name
 
-_NOT_SERVED = {
-    "Embed": "this server generates; it serves no embeddings",
-    "GetLoads": "load figures are not served here; use Prometheus metrics",
-    "StartProfile": "profiling by RPC is not served",
-    "StopProfile": "profiling by RPC is not served",
-    "GetTokenizer": "tokenizer files are not sent; GetModelInfo names their path",
-    "SubscribeKvEvents": "KV cache events are not served",
-}
 
-
-class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: ignore[misc]  # untyped base
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
+class VllmEngineServicer(VllmOperations):
     async def Generate(self, request: Any, context: Context) -> None:
         async def generate(request_id: str) -> None:
             fields = vllm_fields.request_fields(request, request_id, context)
@@ -46,27 +34,25 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
     async def _stream(self, fields: RequestFields, context: Context) -> None:
         num_sent: dict[int, int] = {}
         with await self._core.open(fields) as stream:
-            num_prompt_tokens = len(stream.request.token_ids)
+            prompt_ids = stream.request.token_ids
             while (delta := await stream.next_delta()) is not None:
                 if delta.token_ids:
                     num_sent[delta.index] = num_sent.get(delta.index, 0) + len(delta.token_ids)
-                    await stream.write(context, vllm_fields.chunk(delta, num_prompt_tokens))
+                    await stream.write(context, vllm_fields.chunk(delta, prompt_ids))
                 if delta.finish is not None:
                     num_tokens = num_sent.get(delta.index, 0)
-                    await stream.write(
-                        context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, in_full=False)
-                    )
+                    await stream.write(context, vllm_fields.complete(delta, prompt_ids, num_tokens, in_full=False))
 
     async def _answer_in_full(self, fields: RequestFields, context: Context) -> None:
         with await self._core.open(fields, in_full=True) as stream:
-            num_prompt_tokens = len(stream.request.token_ids)
+            prompt_ids = stream.request.token_ids
             while (delta := await stream.next_delta()) is not None:
                 num_tokens = len(delta.token_ids)
-                await stream.write(context, vllm_fields.complete(delta, num_prompt_tokens, num_tokens, in_full=True))
+                await stream.write(context, vllm_fields.complete(delta, prompt_ids, num_tokens, in_full=True))
 
     async def Abort(self, request: Any, context: Context) -> Any:
         try:
-            self._core.link.abort(check_labels(request.request_ids))
+            self._core.link.abort(check_labels(request.request_ids), named_tenant(context))
         except AlbireoError as error:
             await refuse(context, error)
         return vllm_engine_pb2.AbortResponse()
@@ -89,37 +75,6 @@ class VllmEngineServicer(vllm_engine_pb2_grpc.VllmEngineServicer):  # type: igno
             return _server_info(self._core)
         except AlbireoError as error:
             await refuse(context, error)
-
-    async def Embed(self, request: Any, context: Context) -> None:
-        await _refuse("Embed", context)
-
-    async def GetLoads(self, request: Any, context: Context) -> None:
-        await _refuse("GetLoads", context)
-
-    async def FlushCache(self, request: Any, context: Context) -> Any:
-        """Requests that come later compute their prompts anew; those that run are not waited for."""
-        try:
-            _ = self._core.group
-        except AlbireoError as error:
-            await refuse(context, error)
-        self._core.link.flush_cache()
-        return common_pb2.FlushCacheResponse(success=True, message="the prefix cache is forgotten")
-
-    async def StartProfile(self, request: Any, context: Context) -> None:
-        await _refuse("StartProfile", context)
-
-    async def StopProfile(self, request: Any, context: Context) -> None:
-        await _refuse("StopProfile", context)
-
-    async def GetTokenizer(self, request: Any, context: Context) -> None:
-        await _refuse("GetTokenizer", context)
-
-    async def SubscribeKvEvents(self, request: Any, context: Context) -> None:
-        await _refuse("SubscribeKvEvents", context)
-
-
-async def _refuse(rpc: str, context: Context) -> None:
-    await refuse(context, NotServed(f"{rpc}: {_NOT_SERVED[rpc]}"))
 
 
 def _model_info(core: Core) -> Any:

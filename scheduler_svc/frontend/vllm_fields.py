@@ -5,17 +5,17 @@ from typing import Any
 
 from smg_grpc_proto import vllm_engine_pb2
 
+from albireo.arrays import Int32Array
 from albireo.errors import InvalidRequest, NotServed
 from albireo.v1 import generation_pb2
 from scheduler_svc.frontend.calls import Context, tenant_of
 from scheduler_svc.frontend.completion import Delta
 from scheduler_svc.frontend.deadline import deadline_in
+from scheduler_svc.frontend.logprobs import TokenLogprobs
 from scheduler_svc.frontend.validation import RequestFields, SamplingFields
 
 # Field -> whether a request's value asks for something. The messages come without types.
 _UNSERVED_SAMPLING: dict[str, Callable[[Any], bool]] = {
-    "prompt_logprobs": lambda params: params.HasField("prompt_logprobs"),
-    "truncate_prompt_tokens": lambda params: params.HasField("truncate_prompt_tokens"),
     "grammar_from_first_token": lambda params: params.grammar_from_first_token,
 }
 _UNSERVED: dict[str, Callable[[Any], bool]] = {
@@ -57,33 +57,36 @@ def request_fields(request: Any, request_id: str, context: Context) -> RequestFi
     )
 
 
-def chunk(delta: Delta, num_prompt_tokens: int) -> Any:
+def chunk(delta: Delta, prompt_ids: Int32Array) -> Any:
     """A GenerateResponse with what is new in a stream."""
     return vllm_engine_pb2.GenerateResponse(
         chunk=vllm_engine_pb2.GenerateStreamChunk(
             token_ids=delta.token_ids,
-            prompt_tokens=num_prompt_tokens,
+            prompt_tokens=len(prompt_ids),
             completion_tokens=len(delta.token_ids),
             cached_tokens=delta.num_cached_tokens,
             output_logprobs=_output_logprobs(delta),
+            input_logprobs=_input_logprobs(delta, prompt_ids),
             index=delta.index,
         )
     )
 
 
-def complete(delta: Delta, num_prompt_tokens: int, num_tokens: int, in_full: bool) -> Any:
+def complete(delta: Delta, prompt_ids: Int32Array, num_tokens: int, in_full: bool) -> Any:
     """A GenerateResponse with the end of a completion of ``num_tokens`` tokens; ``delta`` is its last. ``in_full``: the
     tokens come with the end, and not in chunks before it."""
     finish = delta.finish
     assert finish is not None
+    has_chunk = not in_full and bool(delta.token_ids)
     return vllm_engine_pb2.GenerateResponse(
         complete=vllm_engine_pb2.GenerateComplete(
             output_ids=delta.token_ids if in_full else (),
             finish_reason=_FINISH_REASONS.get(finish.reason, "error"),
-            prompt_tokens=num_prompt_tokens,
+            prompt_tokens=len(prompt_ids),
             completion_tokens=num_tokens,
             cached_tokens=delta.num_cached_tokens,
             output_logprobs=_output_logprobs(delta) if in_full else None,
+            input_logprobs=None if has_chunk else _input_logprobs(delta, prompt_ids),
             index=delta.index,
             matched_token_id=finish.matched_token_id,
             matched_stop_str=finish.matched_stop_str,
@@ -96,16 +99,32 @@ def _output_logprobs(delta: Delta) -> Any:
     likeliest tokens are asked for."""
     if not delta.logprobs:
         return None
-    tops = [each.top for each in delta.logprobs if each.top]
     return vllm_engine_pb2.OutputLogProbs(
         token_logprobs=[each.logprob for each in delta.logprobs],
         token_ids=delta.token_ids,
-        top_logprobs=[
-            vllm_engine_pb2.TopLogProbs(
-                values=[logprob for _, logprob in top], token_ids=[token_id for token_id, _ in top]
-            )
-            for top in tops
-        ],
+        top_logprobs=[_top_logprobs(each) for each in delta.logprobs if each.top],
+    )
+
+
+def _input_logprobs(delta: Delta, prompt_ids: Int32Array) -> Any:
+    """InputLogProbs of the prompt, in a completion's first message; None without logprobs. Arrays as of the output's;
+    the first token has a place in them and no value."""
+    if delta.prompt_logprobs is None:
+        return None
+    message = vllm_engine_pb2.InputLogProbs(token_ids=prompt_ids)
+    message.token_logprobs.add()
+    for each in delta.prompt_logprobs:
+        message.token_logprobs.add(value=each.logprob)
+        if each.top:
+            message.top_logprobs.append(_top_logprobs(each))
+    if message.top_logprobs:
+        message.top_logprobs.insert(0, vllm_engine_pb2.TopLogProbs())
+    return message
+
+
+def _top_logprobs(of: TokenLogprobs) -> Any:
+    return vllm_engine_pb2.TopLogProbs(
+        values=[logprob for _, logprob in of.top], token_ids=[token_id for token_id, _ in of.top]
     )
 
 
@@ -144,4 +163,6 @@ def _sampling_fields(params: Any) -> SamplingFields:
         frequency_penalty=params.frequency_penalty,
         logit_bias=params.logit_bias,
         logprobs=params.logprobs if params.HasField("logprobs") else None,
+        prompt_logprobs=params.prompt_logprobs if params.HasField("prompt_logprobs") else None,
+        truncate_prompt_tokens=params.truncate_prompt_tokens if params.HasField("truncate_prompt_tokens") else None,
     )

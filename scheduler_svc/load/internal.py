@@ -10,7 +10,7 @@ import numpy as np
 from albireo.arrays import pack_int32
 from albireo.errors import AlbireoError, GroupUnavailable
 from albireo.logprobs import Logprobs
-from albireo.rpc import make_server
+from albireo.rpc import listen, make_server
 from albireo.v1 import frontend_pb2, ledger_pb2_grpc, plan_pb2
 from albireo.watchdog import Watchdog
 from scheduler_svc.frontend.ledger import LedgerServicer
@@ -37,7 +37,7 @@ class InternalLoad:
         server = make_server(for_peers=True)
         ledger_pb2_grpc.add_LedgerServicer_to_server(LedgerServicer(self._link), server)
         if self._config.listen:
-            server.add_insecure_port(self._config.listen)
+            listen(server, self._config.listen)
         await server.start()
         running = asyncio.create_task(self._link.run())
         try:
@@ -87,6 +87,9 @@ class _Client:
         self._load = load
 
     def start(self, num_cached_tokens: int) -> None:
+        pass
+
+    def score(self, logprobs: Logprobs) -> None:
         pass
 
     def receive(self, token_ids: list[int], now: float, logprobs: Logprobs | None) -> None:

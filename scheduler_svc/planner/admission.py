@@ -4,20 +4,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from scheduler_svc.planner.loads import begin_load
 from scheduler_svc.planner.prefix import announce, find_prefix, is_coming
+from scheduler_svc.planner.room import num_missing_blocks
 from scheduler_svc.planner.sequence import Sequence
 from scheduler_svc.planner.state import PlannerState, preempt
 
-# So many sequences may be passed over in one plan because the beginning they share is being computed.
+# So many sequences may be passed over in one plan because the beginning they share is being computed or loaded.
 _MAX_PASSED_OVER = 64
 
 
 @dataclass(slots=True)
 class Prompts:
-    """What was chosen: parallel lists of slots and numbers of tokens, and who of them took a slot just now."""
+    """What was chosen: parallel lists of slots, numbers of tokens, and how many prompt tokens are scored with them; and
+    who of them took a slot just now.
 
+    Attributes:
+        num_spare: so many more tokens can be sampled or scored, beside one of each running sequence.
+    """
+
+    num_spare: int
     slots: list[int] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    num_scored: list[int] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
 
 
@@ -26,8 +35,11 @@ def choose_prompts(state: PlannerState, budget: int, may_start: bool) -> Prompts
 
     The order is that of the queue, so a tenant's long prompt does not hold up another's short one. Whoever is first
     and does not fit keeps those behind from starting: its room must come together.
+
+    A group samples for ``max_num_seqs`` rows in a step, and each scored token is one. Every running sequence has its
+    own, so a prompt that is scored always gets on; with those that nobody has, it gets on faster.
     """
-    chosen = Prompts()
+    chosen = Prompts(num_spare=len(state.table.free_slots))
     in_progress = [state.table.owner(slot) for slot in state.table.prefilling]
     passed_over: list[Sequence] = []
     while budget > 0:
@@ -41,12 +53,16 @@ def choose_prompts(state: PlannerState, budget: int, may_start: bool) -> Prompts
             budget -= _give_tokens(state, first, budget, chosen)
             continue
         found = find_blocks(state, waiting)
-        if is_coming(state.coming, waiting, len(found), state.limits.block_size):
+        num_promised = state.transfers.num_promised_blocks if state.transfers is not None else 0
+        fits = num_missing_blocks(state, waiting, found) + num_promised <= 0 and chosen.num_spare > 0
+        is_computed = is_coming(state.coming, waiting, len(found), state.limits.block_size)
+        if is_computed or (fits and begin_load(state, waiting, found)):
             state.queue.pop(waiting)
             passed_over.append(waiting)
             may_start = len(passed_over) < _MAX_PASSED_OVER
-        elif _num_missing_blocks(state, waiting, found) <= 0 and state.table.free_slots:
+        elif fits:
             state.queue.pop(waiting)
+            chosen.num_spare -= 1
             _start(state, waiting, found)
             chosen.started.append(waiting)
             budget -= _give_tokens(state, waiting, budget, chosen)
@@ -66,10 +82,20 @@ def find_blocks(state: PlannerState, sequence: Sequence) -> list[int]:
 
 def _give_tokens(state: PlannerState, sequence: Sequence, budget: int, chosen: Prompts) -> int:
     """Schedules as many tokens of a prompt as the budget allows; returns how many."""
-    table, slot = state.table, sequence.slot
-    count = min(len(sequence.token_ids) - int(table.num_computed_tokens[slot]), budget)
+    slot = sequence.slot
+    start = int(state.table.num_computed_tokens[slot])
+    count = min(len(sequence.token_ids) - start, budget)
+    num_scored = 0
+    num_before = sequence.num_scored - 1 - start  # whose successors were scored before it left its last slot
+    if not sequence.is_scored and num_before > 0:
+        count = min(count, num_before)
+    elif not sequence.is_scored:
+        count = min(count, 1 + chosen.num_spare)
+        chosen.num_spare -= count - 1
+        num_scored = min(count, max(0, sequence.num_prompt_tokens - 1 - start))
     chosen.slots.append(slot)
     chosen.counts.append(count)
+    chosen.num_scored.append(num_scored)
     state.tenants.charge(sequence.tenant, count)
     return count
 
@@ -83,16 +109,10 @@ def _start(state: PlannerState, sequence: Sequence, found: list[int]) -> None:
     state.table.take(sequence, blocks, num_computed)
     if state.limits.caches_prefixes:
         announce(state.coming, sequence, len(found))
+    if state.transfers is not None:
+        state.transfers.leave_queue(sequence)
     if not sequence.has_begun:
         sequence.num_cached_tokens = min(num_computed, sequence.num_prompt_tokens)
-
-
-def _num_missing_blocks(state: PlannerState, sequence: Sequence, found: list[int]) -> int:
-    """How many more blocks must become free before ``sequence`` can start. One per running sequence stays free, so that
-    an arrival does not make the others preempt it at once."""
-    num_blocks = -(-len(sequence.token_ids) // state.limits.block_size)
-    needed = num_blocks - len(found) + state.pool.num_free_among(found)
-    return needed + state.table.num_running - state.pool.num_free
 
 
 def make_way(state: PlannerState) -> None:
@@ -100,7 +120,7 @@ def make_way(state: PlannerState) -> None:
     preempted."""
     while state.tenants.num_active > 1 and (waiting := state.queue.peek()) is not None:
         found = find_blocks(state, waiting)
-        num_missing = _num_missing_blocks(state, waiting, found)
+        num_missing = num_missing_blocks(state, waiting, found)
         is_enough = num_missing <= state.pool.num_fenced and state.table.free_slots
         if is_enough or is_coming(state.coming, waiting, len(found), state.limits.block_size):
             break

@@ -8,6 +8,7 @@ import grpc
 import numpy as np
 
 from albireo.block_hash import root_hash
+from albireo.limits import MAX_LOGPROBS
 from albireo.v1 import frontend_pb2
 from scheduler_svc.planner.admission import find_blocks
 from scheduler_svc.planner.commit import Ended
@@ -47,6 +48,8 @@ def apply_message(
     arrived = Arrived([], [])
     for offset, request in enumerate(message.submits):
         try:
+            if not request.is_resumed:
+                _check_allowance(state, request.tenant)
             sequence = _sequence(state, frontend, request, arrival + offset)
             sequence.submitted_ns = now_ns
             ended = _already_over(sequence)
@@ -73,7 +76,8 @@ def apply_message(
 def abort_labelled(state: PlannerState, aborts: Iterable[frontend_pb2.Abort]) -> list[Sequence]:
     """Ends every sequence with one of these request labels, whichever front end it came by; returns them."""
     anyones = {each.request_id for each in aborts if not each.HasField("tenant")}
-    of_tenants = {(each.request_id, _root_hash(each.tenant)) for each in aborts if each.HasField("tenant")}
+    secret = state.limits.kv_secret
+    of_tenants = {(each.request_id, _root_hash(each.tenant, secret)) for each in aborts if each.HasField("tenant")}
     aborted = [
         sequence
         for sequence in state.sequences.values()
@@ -97,6 +101,23 @@ def _end_if_known(state: PlannerState, frontend: int, sequence_id: int, num_kept
         end(state, sequence, num_kept)
 
 
+def _check_allowance(state: PlannerState, tenant: str) -> None:
+    """Raises Refused where the tenant has no more to come now."""
+    allowance, index = state.limits.allowances.of(tenant), state.tenants.index_of(tenant)
+    num_waiting = 0 if index is None else state.queue.num_waiting_of[index]
+    if 0 < allowance.max_waiting <= num_waiting:
+        raise Refused(
+            f"max_waiting: {num_waiting} sequences of this tenant wait already, which is its limit",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        )
+    if (debt_s := state.buckets.debt_s(tenant)) > 0:
+        raise Refused(
+            f"tokens_per_s: this tenant is served {allowance.tokens_per_s:g} at most, and is {debt_s:.3g} s ahead",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            debt_s,
+        )
+
+
 def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, arrival: int) -> Sequence:
     limits = state.limits
     if (frontend, request.sequence_id) in state.sequences:
@@ -115,6 +136,10 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
     max_total_tokens = min(len(prompt) + request.max_tokens, limits.max_model_len)
     if len(prompt) + len(output) > max_total_tokens:
         raise Refused(f"{len(output)} output tokens, where {max_total_tokens - len(prompt)} is the limit")
+    if request.num_prompt_logprobs > MAX_LOGPROBS:
+        raise Refused(f"num_prompt_logprobs {request.num_prompt_logprobs}; {MAX_LOGPROBS} at most")
+    if request.num_scored_tokens > len(prompt):
+        raise Refused(f"num_scored_tokens {request.num_scored_tokens}, where the prompt has {len(prompt)}")
     ends = frozenset(stop_token_ids.tolist())
     if not request.ignore_eos:
         ends |= limits.eos_token_ids
@@ -128,8 +153,12 @@ def _sequence(state: PlannerState, frontend: int, request: frontend_pb2.Submit, 
         sampling=checked_sampling(request, ends, limits),
         place=Place(-request.priority, arrival),
         stop_token_ids=ends,
-        root=_root_hash(request.tenant),
+        root=_root_hash(request.tenant, limits.kv_secret),
+        cache_limit=limits.allowances.of(request.tenant).cache_blocks,
         min_output_tokens=max(1, min(request.min_output_tokens, max_total_tokens - len(prompt))),
+        trace_parent=request.trace_parent,
+        num_prompt_logprobs=request.num_prompt_logprobs if request.HasField("num_prompt_logprobs") else None,
+        num_scored=max(1, request.num_scored_tokens),
     )
 
 

@@ -1,5 +1,6 @@
 """A step's result is in: tokens are known, sequences end, fences fall."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -19,28 +20,51 @@ class Ended(NamedTuple):
     matched_token_id: int | None = None
 
 
+class ScoredPart(NamedTuple):
+    """Logprobs of consecutive tokens of a sequence's prompt, from ``first_position`` on."""
+
+    sequence: Sequence
+    first_position: int
+    logprobs: Logprobs
+
+
 class Committed(NamedTuple):
     """What a step brought: parallel arrays [number of tokens that count], and the sequences that ended with it.
-    ``logprobs``: of those of the tokens whose sequences want them; None where none does."""
+
+    Attributes:
+        beginners: whose first output token is among them.
+        logprobs: of those of the tokens whose sequences want them; None where none does.
+        scored: of prompts; all of a sequence come before its first token, or with it.
+    """
 
     frontends: Int32Array
     sequence_ids: Int64Array
     token_ids: Int32Array
     ended: list[Ended]
-    beginners: list[Sequence]  # whose first output token is among them
+    beginners: list[Sequence]
     logprobs: Logprobs | None = None
+    scored: Collection[ScoredPart] = ()
 
 
 def commit_step(
-    state: PlannerState, step_id: int, token_ids: Int32Array, logprobs: Logprobs | None = None
+    state: PlannerState,
+    step_id: int,
+    token_ids: Int32Array,
+    logprobs: Logprobs | None = None,
+    prompt_logprobs: Logprobs | None = None,
 ) -> Committed:
-    """Books the tokens of the oldest step in flight; ``token_ids`` [rows that sampled], in row order, and ``logprobs``
-    of some of them.
+    """Books the tokens of the oldest step in flight.
+
+    Args:
+        token_ids: [rows that sampled], in row order.
+        logprobs: of some of them.
+        prompt_logprobs: of all tokens that rows scored, in row order.
 
     The row of a slot that has changed hands since belongs to a preempted sequence, which gets its token, or to one that
     has ended, whose token is dropped. Raises GroupError when the result does not belong to that step.
     """
-    record = _take_record(state, step_id, token_ids)
+    record = _take_record(state, step_id, token_ids, prompt_logprobs)
+    scored = _commit_scored(record, prompt_logprobs)
     beginners = [each for each in record.beginners if each.status is not Status.ENDED and not each.has_output]
     slots, tokens = record.slots, token_ids
     if record.left:
@@ -55,18 +79,39 @@ def commit_step(
         requeue_drained(state, step_id)
     if logprobs is not None:
         committed = committed._replace(logprobs=_kept(logprobs, record, drained_rows))
+    if scored:
+        committed = committed._replace(scored=scored)
     state.pool.release(step_id)
     return committed
 
 
-def _take_record(state: PlannerState, step_id: int, token_ids: Int32Array) -> StepRecord:
+def _take_record(
+    state: PlannerState, step_id: int, token_ids: Int32Array, prompt_logprobs: Logprobs | None
+) -> StepRecord:
     record = state.in_flight[0] if state.in_flight else None
     if record is None or record.step_id != step_id or len(token_ids) != len(record.slots):
         expected = "nothing" if record is None else f"step {record.step_id} with {len(record.slots)} tokens"
         raise GroupError(f"result of step {step_id} with {len(token_ids)} tokens where {expected} was expected")
     if int(token_ids.view(np.uint32).max(initial=0)) >= state.limits.vocab_size:  # as are negative ones
         raise GroupError(f"result of step {step_id} has tokens outside the vocabulary")
+    num_scored = 0 if prompt_logprobs is None else len(prompt_logprobs.indices)
+    if num_scored != sum(each.num_tokens for each in record.scored):
+        raise GroupError(f"result of step {step_id} has {num_scored} prompt logprobs; others were expected")
     return state.in_flight.popleft()
+
+
+def _commit_scored(record: StepRecord, prompt_logprobs: Logprobs | None) -> list[ScoredPart]:
+    """Of sequences that have not ended, also of those that were preempted: they wait until this step is committed."""
+    if prompt_logprobs is None:
+        return []
+    owners = np.repeat(np.arange(len(record.scored)), [each.num_tokens for each in record.scored])
+    parts = []
+    for index, (sequence, first_position, num_tokens) in enumerate(record.scored):
+        if sequence.status is not Status.ENDED:
+            sequence.num_scored = first_position + num_tokens
+            logprobs = prompt_logprobs.of_tokens(places_where(owners == index))
+            parts.append(ScoredPart(sequence, first_position, logprobs))
+    return parts
 
 
 def _commit_running(

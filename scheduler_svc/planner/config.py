@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from albireo.allowances import TenantFlags
 from albireo.config import flag
+from albireo.kv.flags import KvFlags
+from albireo.security import SecurityFlags
+from albireo.tracing import OtlpFlags
 
 
 @dataclass(frozen=True)
-class PlannerConfig:
+class PlannerConfig(KvFlags, TenantFlags, SecurityFlags, OtlpFlags):
     """Flags of ``python -m scheduler_svc planner``."""
 
     group: str = flag("127.0.0.1:50052", "the worker group's leader: host:port or unix:path")
@@ -29,5 +33,7 @@ class PlannerConfig:
             raise ValueError(f"--max-waiting {self.max_waiting}: at least 1")
         if not self.max_itl_ms >= 0:
             raise ValueError(f"--max-itl-ms {self.max_itl_ms:g}: not negative")
+        if self.kv_store and self.prefix_cache == "off":
+            raise ValueError(f"--kv-store {self.kv_store}: needs --prefix-cache on")
         if not self.recovery_timeout >= 0:
             raise ValueError(f"--recovery-timeout {self.recovery_timeout:g}: not negative")

@@ -14,6 +14,7 @@ from grpc import aio
 from albireo.arrays import Int32Array, Int64Array
 from albireo.logprobs import Logprobs
 from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.cache_follower import CacheFollower
 from scheduler_svc.planner.outbox import Outbox
 
 SERVICE_NAME = "albireo.v1.Planner"
@@ -106,6 +107,12 @@ class FrontEnds:
         if frontend is not None:
             frontend.outbox.add_tokens(sequence_ids, token_ids, logprobs)
 
+    def post_prompt_logprobs(self, index: int, sequence_id: int, first_position: int, logprobs: Logprobs) -> None:
+        """Of consecutive tokens of a prompt."""
+        frontend = self._attached.get(index)
+        if frontend is not None:
+            frontend.outbox.add_prompt_logprobs(sequence_id, first_position, logprobs)
+
     def post_started(self, index: int, sequence_id: int, num_cached_tokens: int) -> None:
         frontend = self._attached.get(index)
         if frontend is not None:
@@ -122,6 +129,11 @@ class FrontEnds:
             self.load = load
             for frontend in self._attached.values():
                 frontend.outbox.set_load(load)
+
+    def follow_cache(self, index: int, follows: bool) -> CacheFollower | None:
+        """From now on: whether a front end is told what a new follower is told. Returns it; None where it is not."""
+        frontend = self._attached.get(index)
+        return None if frontend is None else frontend.outbox.follow_cache(follows)
 
     def drop_stuck(self, now: float) -> None:
         """Ends the streams of front ends that do not read. They attach again if they live."""

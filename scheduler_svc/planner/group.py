@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterable, Callable
+from collections.abc import Callable
 
 import grpc
 import structlog
@@ -12,6 +12,7 @@ from grpc import aio
 from albireo.errors import AlbireoError, GroupError, GroupUnavailable
 from albireo.plan import StepPlan, StepResult, decode_result, encode_plan
 from albireo.rpc import make_channel
+from albireo.security import OPEN, Security
 from albireo.v1 import ledger_pb2, ledger_pb2_grpc, plan_pb2, plan_pb2_grpc
 
 _STATUS_TIMEOUT_S = 2.0
@@ -42,10 +43,11 @@ class PlanStream:
         self._failure = reason
         self._failed.set()
 
-    async def run(self, on_result: Callable[[StepResult], None]) -> None:
-        """Keeps the stream until it breaks. Raises GroupUnavailable then, or Superseded."""
+    async def run(self, on_begin: Callable[[], None], on_result: Callable[[StepResult], None]) -> None:
+        """Keeps the stream until it breaks. Raises GroupUnavailable then, or Superseded. ``on_begin``: nothing of the
+        epochs before runs any more."""
         call = self._open()  # type: ignore[call-arg]  # stubs know only iterators
-        reading = asyncio.create_task(self._read(call, on_result))
+        reading = asyncio.create_task(self._read(call, on_begin, on_result))
         writing = asyncio.create_task(self._write(call))
         failing = asyncio.create_task(self._failed.wait())
         try:
@@ -60,8 +62,16 @@ class PlanStream:
             await asyncio.gather(reading, writing, failing, return_exceptions=True)
         raise GroupUnavailable("the worker group ended the plan stream")
 
-    async def _read(self, call: AsyncIterable[bytes], on_result: Callable[[StepResult], None]) -> None:
+    async def _read(
+        self,
+        call: "aio.StreamStreamCall[bytes, bytes]",
+        on_begin: Callable[[], None],
+        on_result: Callable[[StepResult], None],
+    ) -> None:
         try:
+            await call.initial_metadata()
+            if not call.done():
+                on_begin()
             async for data in call:
                 on_result(decode_result(data))
         except GroupError as error:
@@ -80,9 +90,9 @@ class PlanStream:
 class GroupLink:
     """One worker group: its status, and its plan streams."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, security: Security = OPEN) -> None:
         self._target = target
-        self._channel = make_channel(target, to_peer=True)
+        self._channel = make_channel(target, to_peer=True, security=security)
         self._stub: plan_pb2_grpc.WorkerGroupAsyncStub = plan_pb2_grpc.WorkerGroupStub(self._channel)
         self._ledger: ledger_pb2_grpc.LedgerAsyncStub = ledger_pb2_grpc.LedgerStub(self._channel)
 

@@ -16,16 +16,19 @@ _REASONS = {
 class Refused(Exception):
     """A sequence that is not taken, or fails: the group cannot run it, or cannot run it now."""
 
-    def __init__(self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT) -> None:
+    def __init__(
+        self, message: str, code: grpc.StatusCode = grpc.StatusCode.INVALID_ARGUMENT, retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.code = code
+        self.retry_after_s = retry_after_s  # 0: whenever anybody may try again
 
 
 def refusal_message(sequence_id: int, refused: Refused, retry_after_s: float) -> frontend_pb2.Ended:
-    """``retry_after_s`` is told to those for whom there was no room."""
+    """``retry_after_s`` is told to those for whom there was no room, unless they have their own."""
     refusal = frontend_pb2.Refusal(code=refused.code.value[0], message=str(refused))
     if refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        refusal.retry_after_s = retry_after_s
+        refusal.retry_after_s = refused.retry_after_s or retry_after_s
     return frontend_pb2.Ended(sequence_id=sequence_id, refusal=refusal)
 
 

@@ -13,7 +13,7 @@ from albireo.plan import NewSequence, Rows, StepPlan
 from scheduler_svc.planner.admission import Prompts, choose_prompts, make_way
 from scheduler_svc.planner.prefix import publish_chunk
 from scheduler_svc.planner.sequence import Sequence
-from scheduler_svc.planner.state import PlannerState, StepRecord, preempt
+from scheduler_svc.planner.state import PlannerState, Scored, StepRecord, preempt
 
 
 class Planned(NamedTuple):
@@ -50,12 +50,13 @@ def plan_step(state: PlannerState) -> Planned | None:
     num_finishing = len(table.finishing)
     table.advance_decodes(decodes)
     state.tenants.charge_outputs(table.tenant, decode_slots)
+    scored = _scored(state, prompts)
     beginners = tuple(_advance_prompts(state, prompts))
     finishers = tuple(table.owner(slot) for slot in table.finishing[num_finishing:])
     for sequence in finishers:
         sequence.last_step = step_id
     sampling_slots = _with_slots(decode_slots, [each.slot for each in beginners])
-    state.in_flight.append(StepRecord(step_id, sampling_slots, beginners, finishers))
+    state.in_flight.append(StepRecord(step_id, sampling_slots, beginners, finishers, scored))
     freed, state.freed_slots = state.freed_slots, []
     plan = StepPlan(
         epoch=state.epoch,
@@ -65,6 +66,7 @@ def plan_step(state: PlannerState) -> Planned | None:
         new_sequences=new_sequences,
         append_slots=_int32(growing),
         append_blocks=_int32(blocks),
+        transfers=state.transfers.take_outgoing() if state.transfers is not None else (),
     )
     num_prefill_tokens = sum(prompts.counts)
     num_rows = len(decode_slots) + len(prompts.slots)
@@ -109,6 +111,16 @@ def _prefill_budget(state: PlannerState, num_decodes: int) -> int:
     return min(budget, state.max_prefill_tokens) if num_decodes else budget
 
 
+def _scored(state: PlannerState, prompts: Prompts) -> tuple[Scored, ...]:
+    """What these chunks, which have not been booked yet, score: from the token on that follows their first."""
+    starts = state.table.num_computed_tokens
+    return tuple(
+        Scored(state.table.owner(slot), int(starts[slot]) + 1, num)
+        for slot, num in zip(prompts.slots, prompts.num_scored, strict=True)
+        if num
+    )
+
+
 def _advance_prompts(state: PlannerState, prompts: Prompts) -> list[Sequence]:
     """Chunks of prompts are planned, and their full blocks can be found from the next plan on. Returns the sequences
     whose prompts end here, and which are promised a token."""
@@ -118,7 +130,8 @@ def _advance_prompts(state: PlannerState, prompts: Prompts) -> list[Sequence]:
         sequence, start = table.owner(slot), int(table.num_computed_tokens[slot])
         if state.limits.caches_prefixes:
             first, last = start // block_size, (start + count) // block_size
-            publish_chunk(state.pool, state.coming, sequence, table.block_tables[slot, first:last].tolist(), first)
+            blocks = table.block_tables[slot, first:last].tolist()
+            publish_chunk(state.pool, state.coming, sequence, blocks, first, block_size)
         if table.advance_prompt(slot, count):
             beginners.append(sequence)
     return beginners
@@ -138,7 +151,11 @@ def _rows(
     if prompts.slots:
         counts[num_decodes:] = prompts.counts
         samples[num_decodes:] = [state.table.owner(slot) in beginners for slot in prompts.slots]
-    return Rows(slots.astype(np.int32), counts, samples)
+    scores = None
+    if any(prompts.num_scored):
+        scores = np.zeros(len(slots), dtype=np.bool_)
+        scores[num_decodes:] = np.array(prompts.num_scored) > 0
+    return Rows(slots.astype(np.int32), counts, samples, scores)
 
 
 def _with_slots(slots: Int64Array, more: list[int]) -> Int64Array:
@@ -157,4 +174,6 @@ def _new_sequence(state: PlannerState, sequence: Sequence) -> NewSequence:
         num_computed_tokens=int(state.table.num_computed_tokens[sequence.slot]),
         block_table=state.table.block_tables[sequence.slot, : state.table.num_blocks[sequence.slot]].copy(),
         sampling=sequence.sampling,
+        num_prompt_logprobs=sequence.num_prompt_logprobs,
+        trace_parent=sequence.trace_parent,
     )

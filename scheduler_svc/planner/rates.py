@@ -16,6 +16,7 @@ class StepRates:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         self.base_s = 0.0
         self.s_per_prefill_token = 0.0
+        self.knows_prefill = False  # whether s_per_prefill_token is measured
 
     def observe(self, num_prefill_tokens: int, duration_s: float) -> None:
         x, y = float(num_prefill_tokens), duration_s
@@ -27,6 +28,7 @@ class StepRates:
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         variance = self._xx / self._weight - mean_x * mean_x
         if variance > _LEAST_SPREAD:
+            self.knows_prefill = True
             self.s_per_prefill_token = max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance)
         self.base_s = max(0.0, mean_y - self.s_per_prefill_token * mean_x)
 

@@ -18,10 +18,14 @@ import structlog
 
 from albireo.arrays import BoolArray, Int32Array
 from albireo.errors import GroupError, GroupUnavailable
+from albireo.kv.fingerprint import Namespace
 from albireo.logprobs import places_where
 from albireo.plan import StepResult
 from albireo.rpc import Health
+from albireo.security import Security
+from albireo.tracing import Tracer
 from albireo.v1 import frontend_pb2, plan_pb2
+from scheduler_svc.planner.answers import apply_result
 from scheduler_svc.planner.arrivals import abort_labelled, apply_message, end_all_of
 from scheduler_svc.planner.commit import Committed, Ended, commit_step
 from scheduler_svc.planner.deadlines import drop_overdue
@@ -33,8 +37,14 @@ from scheduler_svc.planner.policy import plan_step
 from scheduler_svc.planner.progress import Progress
 from scheduler_svc.planner.rates import StepRates
 from scheduler_svc.planner.sequence import EndReason
+from scheduler_svc.planner.spans import SequenceSpans
 from scheduler_svc.planner.state import Limits, PlannerState, end, lose_group, regain_group
+from scheduler_svc.planner.store_link import StoreLink
+from scheduler_svc.planner.swap_policy import SwapMode
+from scheduler_svc.planner.throughput import Throughput
 from scheduler_svc.planner.timeline import Timeline
+from scheduler_svc.planner.transfer_metrics import register_transfer_metrics
+from scheduler_svc.planner.transfers import TransferLimits, Transfers
 
 _WATCH_INTERVAL_S = 0.25
 _SUSPECT_LOSS_AFTER_S = 1.0
@@ -65,12 +75,14 @@ class Planner:
         limits_of: Callable[[plan_pb2.GroupInfo], Limits],
         recovery_timeout_s: float,
         max_itl_s: float = 0.0,
+        tracer: Tracer | None = None,
     ) -> None:
         self._group = group
         self._limits_of = limits_of
         self._recovery_timeout_s = recovery_timeout_s
         self._max_itl_s = max_itl_s
         self._state = PlannerState.make(limits_of(status.info), epoch=status.epoch + 1)
+        self._spans = SequenceSpans(tracer, self._state) if tracer is not None else None
         self._stream: PlanStream | None = group.open()  # None: the group is lost
         self._given_up = ""  # why sequences are refused: the group is away for too long
         self.frontends = FrontEnds(status.info, self._on_message)
@@ -79,15 +91,32 @@ class Planner:
         self._woken = asyncio.Event()
         self._progress = Progress()
         self._rates = StepRates()
+        self._throughput = Throughput()
         self.timeline = Timeline()
         self._last_queue_s = 0.0
         self._num_arrivals = 0
         self.counts = Counts()
+        self._store: StoreLink | None = None
         self._histograms = register_metrics(self._state, self.counts, self.frontends, self.timeline.ledger)
+
+    def use_store(self, address: str, name: str, mode: SwapMode, security: Security) -> None:
+        """From `run` on, blocks go to the KV store at ``address`` and come from it, if the group's can be stored.
+        ``name``: ours, the same after a restart."""
+        layout = self.frontends.group.kv_layout
+        if not layout.num_parts:
+            log.warning("the group's blocks cannot be stored", engine=self.frontends.group.engine, kv_store=address)
+            return
+        limits = TransferLimits(mode, block_bytes=layout.num_parts * layout.part_bytes)
+        transfers = self._state.transfers = Transfers(limits, self._rates)
+        register_transfer_metrics(transfers)
+        namespace = Namespace(layout.fingerprint, layout.num_parts, layout.part_bytes)
+        self._store = StoreLink(address, name, namespace, self._state, transfers, self._woken.set, security)
 
     async def run(self, health: Health) -> None:
         """Runs until another planner takes the group over (raises Superseded) or something fails."""
         work = [self._keep_group(), self._step_loop(), self._watch(health), self._find_lost_messages()]
+        if self._store is not None:
+            work += [self._store.run(), self._store.find_lost_transfers(self._fail_group)]
         tasks = [asyncio.create_task(each) for each in work]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -108,6 +137,11 @@ class Planner:
         self._results.append((time.monotonic_ns(), result))
         self._woken.set()
 
+    def _on_begin(self) -> None:
+        if self._state.transfers is not None:
+            self._state.transfers.begin_epoch()
+            self._woken.set()
+
     async def _step_loop(self) -> None:
         while True:
             await self._woken.wait()
@@ -125,9 +159,13 @@ class Planner:
             self._drop_overdue(now_ns)
         if self._stream is not None:
             self._plan(self._stream, now_ns)
+        if self._store is not None:
+            self._store.send(self._stream)
         deliver_start_ns = time.monotonic_ns()
         for one in committed:
             self._deliver(one, now_ns)
+        if self._spans is not None:
+            self._spans.keep_up(now_ns)
         self.timeline.end_turn(deliver_start_ns)
 
     def _commit(self, now_ns: int) -> list[Committed]:
@@ -138,10 +176,16 @@ class Planner:
                 continue
             start_ns = time.monotonic_ns()
             try:
-                committed.append(commit_step(self._state, result.step_id, result.token_ids, result.logprobs))
+                for transfer in result.transfers:
+                    apply_result(self._state, transfer)
+                if result.only_transfers:
+                    if not self._state.in_flight:
+                        self._progress.idle(result_ns / 1e9)  # those who wait for blocks get on
+                    continue
+                step_id, token_ids = result.step_id, result.token_ids
+                committed.append(commit_step(self._state, step_id, token_ids, result.logprobs, result.prompt_logprobs))
             except GroupError as error:
-                self._stream.fail(str(error))
-                self._lose_group(str(error))
+                self._fail_group(str(error))
             else:
                 num_prefill_tokens, duration_s = self._progress.completed(result_ns / 1e9)
                 self._rates.observe(num_prefill_tokens, duration_s)
@@ -170,7 +214,10 @@ class Planner:
     def _apply(self, index: int, message: frontend_pb2.FrontendMessage | None, now_ns: int) -> None:
         if message is None:
             end_all_of(self._state, index)
+            self._state.pool.followers.pop(index, None)
             return
+        if message.HasField("follows_cache"):
+            self._follow_cache(index, message.follows_cache)
         arrived = apply_message(self._state, index, message, self._num_arrivals, now_ns, self._rates)
         self._num_arrivals += len(message.submits)
         for sequence_id, refused in arrived.refused:
@@ -182,11 +229,19 @@ class Planner:
         for sequence in abort_labelled(self._state, message.aborts) if message.aborts else ():
             self._post_ended(Ended(sequence, EndReason.ABORT), now_ns)
 
+    def _follow_cache(self, index: int, follows: bool) -> None:
+        self._state.pool.followers.pop(index, None)
+        follower = self.frontends.follow_cache(index, follows)
+        if follower is not None:
+            self._state.pool.follow(index, follower)
+
     def _deliver(self, committed: Committed, now_ns: int) -> None:
         self.counts.num_tokens += len(committed.token_ids)
         for sequence in committed.beginners:
             sequence.first_token_ns = now_ns
             self.frontends.post_started(sequence.frontend, sequence.sequence_id, sequence.num_cached_tokens)
+        for sequence, first_position, of_prompt in committed.scored:
+            self.frontends.post_prompt_logprobs(sequence.frontend, sequence.sequence_id, first_position, of_prompt)
         for index, mine in _by_frontend(committed.frontends):
             logprobs = committed.logprobs
             if logprobs is not None and not isinstance(mine, slice):
@@ -219,10 +274,15 @@ class Planner:
             stream = self._stream
             assert stream is not None
             try:
-                await stream.run(self._on_result)
+                await stream.run(self._on_begin, self._on_result)
             except GroupUnavailable as error:
                 self._lose_group(str(error))
             await self._regain_group()
+
+    def _fail_group(self, reason: str) -> None:
+        if self._stream is not None:
+            self._stream.fail(reason)
+            self._lose_group(reason)
 
     def _lose_group(self, reason: str) -> None:
         if self._stream is None:
@@ -277,8 +337,7 @@ class Planner:
                 continue  # the stream will tell
             suspect = _find_lost(self._state, status)
             if suspect is not None and suspect == last_suspect and stream is self._stream:
-                stream.fail(f"messages about step {suspect[1]} are lost")
-                self._lose_group(f"messages about step {suspect[1]} are lost")
+                self._fail_group(f"messages about step {suspect[1]} are lost")
             last_suspect = suspect
 
     # Health and figures.
@@ -296,16 +355,23 @@ class Planner:
             was_serving = is_serving
             self.frontends.drop_stuck(now)
             self._drop_overdue(time.monotonic_ns())  # where no step's end is near
+            if self._spans is not None:
+                self._spans.keep_up(time.monotonic_ns())  # as well
+            self._state.buckets.settle(self._state.tenants.take_tokens(), time.monotonic_ns())
             self._histograms.fold()
-            self.frontends.post_load(
-                frontend_pb2.Load(
-                    num_running=self._state.table.num_running,
-                    num_waiting=self._state.queue.num_waiting,
-                    num_used_blocks=self._state.pool.num_held,
-                    is_serving=is_serving,
-                )
-            )
+            self.frontends.post_load(self._load(is_serving, now))
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    def _load(self, is_serving: bool, now: float) -> frontend_pb2.Load:
+        return frontend_pb2.Load(
+            num_running=self._state.table.num_running,
+            num_waiting=self._state.queue.num_waiting,
+            num_used_blocks=self._state.pool.num_held,
+            is_serving=is_serving,
+            num_waiting_tokens=self._state.queue.num_waiting_tokens,
+            tokens_per_s=self._throughput.observe(self.counts.num_tokens, now),
+            cache_hit_rate=self.counts.num_cached_tokens / max(1, self.counts.num_prompt_tokens),
+        )
 
 
 def _by_frontend(frontends: Int32Array) -> Iterator[tuple[int, BoolArray | slice]]:
@@ -330,4 +396,6 @@ def _find_lost(state: PlannerState, status: plan_pb2.GroupStatus) -> tuple[int, 
 
 def _model_of(info: plan_pb2.GroupInfo) -> tuple[object, ...]:
     """What must not change while sequences live."""
-    return info.vocab_size, info.max_model_len, tuple(info.eos_token_ids)
+    layout = info.kv_layout
+    blocks = layout.fingerprint, layout.num_parts, layout.part_bytes
+    return info.vocab_size, info.max_model_len, tuple(info.eos_token_ids), blocks

@@ -5,15 +5,20 @@ Everything here, in `policy` and in `commit` is a pure function of this state: n
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+from albireo.allowances import Allowances
 from albireo.arrays import Int64Array
 from albireo.errors import ConfigError
 from scheduler_svc.planner.block_pool import BlockPool
+from scheduler_svc.planner.buckets import TokenBuckets
 from scheduler_svc.planner.prefix import ComingBlocks, forget_coming, publish_history
 from scheduler_svc.planner.queue import WaitingQueue
 from scheduler_svc.planner.sequence import Sequence, Status
 from scheduler_svc.planner.slots import SlotTable
+from scheduler_svc.planner.stores import store_history
 from scheduler_svc.planner.tenants import Tenants
+from scheduler_svc.planner.transfers import Transfers
 
 _MAX_LOSSES = 5
 
@@ -32,6 +37,8 @@ class Limits:
     depth: int  # plans in flight at most
     max_waiting: int = 4096  # sequences in the queue; more are refused
     caches_prefixes: bool = True  # blocks are shared by sequences of a tenant that begin alike
+    allowances: Allowances = Allowances()  # of tenants
+    kv_secret: bytes = field(default=b"", repr=False)  # keys the names of tenants' blocks; empty: nothing does
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -48,12 +55,21 @@ class Limits:
             raise ConfigError(f"depth {self.depth}: at least 1")
 
 
+class Scored(NamedTuple):
+    """Consecutive tokens of a sequence's prompt whose logprobs a step brings; positions are those in the prompt."""
+
+    sequence: Sequence
+    first_position: int
+    num_tokens: int
+
+
 @dataclass(slots=True)
 class StepRecord:
     """A step in flight.
 
     Attributes:
         slots: of the rows that sample.
+        scored: of the rows that score, in their order.
         beginners: sequences whose prompts end in this step.
         finishers: sequences whose last token this step samples.
         left: who owned a slot when this step was planned and has left it since; the row is theirs.
@@ -63,6 +79,7 @@ class StepRecord:
     slots: Int64Array
     beginners: tuple[Sequence, ...]
     finishers: tuple[Sequence, ...]
+    scored: tuple[Scored, ...] = ()
     left: dict[int, Sequence] = field(default_factory=dict)
 
 
@@ -72,13 +89,16 @@ class PlannerState:
 
     Attributes:
         queue: sequences that wait.
-        coming: prompt blocks that running sequences are about to compute.
+        buckets: what tenants with a rate may still be served.
+        coming: prompt blocks that running sequences are about to compute, or that are loaded for waiting ones.
         max_prefill_tokens: prompt tokens of a step in which sequences decode; what their latency allows.
         deadlines: heap of (when, frontend, sequence_id); sequences may have ended meanwhile.
         draining: preempted sequences that steps in flight still sample for.
         sequences: all that have not ended, by (frontend, sequence_id).
         freed_slots: given up since the last plan; the next one tells the group.
         last_rows: slots of the last plan's rows; decoding them again needs no rows on the wire.
+        traced_ends: traced sequences that have ended, for whoever records their spans; None: nobody does.
+        transfers: blocks on their way to and from the KV store; None: there is no store.
     """
 
     limits: Limits
@@ -87,6 +107,7 @@ class PlannerState:
     table: SlotTable
     tenants: Tenants
     queue: WaitingQueue
+    buckets: TokenBuckets
     coming: ComingBlocks = field(default_factory=dict)
     max_prefill_tokens: int = 1 << 30
     deadlines: list[tuple[int, int, int]] = field(default_factory=list)
@@ -97,12 +118,15 @@ class PlannerState:
     last_rows: Int64Array | None = None
     next_step_id: int = 0
     num_preemptions: int = 0
+    traced_ends: list[Sequence] | None = None
+    transfers: Transfers | None = None
 
     @classmethod
     def make(cls, limits: Limits, epoch: int) -> "PlannerState":
-        tenants = Tenants()
+        tenants = Tenants(counts_tokens=limits.allowances.have_rates)
         table = _make_table(limits)
-        return cls(limits, epoch, BlockPool(limits.num_blocks), table, tenants, WaitingQueue(tenants))
+        buckets = TokenBuckets(limits.allowances)
+        return cls(limits, epoch, BlockPool(limits.num_blocks), table, tenants, WaitingQueue(tenants), buckets)
 
     @property
     def is_idle(self) -> bool:
@@ -125,18 +149,23 @@ def end(state: PlannerState, sequence: Sequence, num_kept: int | None = None) ->
     if sequence.status is Status.RUNNING:
         _leave_slot(state, sequence.slot, num_kept)
     elif sequence.status is Status.WAITING:
-        state.queue.forget()
+        state.queue.forget(sequence)
+    if state.transfers is not None:
+        state.transfers.leave_queue(sequence)
+        forget_coming(state.coming, sequence)
     sequence.status = Status.ENDED
     state.tenants.leave(sequence.tenant)
     del state.sequences[sequence.frontend, sequence.sequence_id]
+    if sequence.trace_parent and state.traced_ends is not None:
+        state.traced_ends.append(sequence)
 
 
 def preempt(state: PlannerState, slot: int) -> Sequence:
-    """Takes the slot and the blocks of a running sequence; its tokens are computed again when it resumes.
+    """Takes the slot and the blocks of a running sequence; when it resumes, its tokens are computed again, or loaded.
 
     Steps in flight still sample for it, and those tokens count: it waits again once the last of them is committed.
     """
-    sequence = _leave_slot(state, slot)
+    sequence = _leave_slot(state, slot, is_preempted=True)
     sequence.num_preemptions += 1
     state.num_preemptions += 1
     if state.in_flight:
@@ -191,7 +220,9 @@ def regain_group(state: PlannerState, limits: Limits, epoch: int) -> None:
 
 def _forget_group(state: PlannerState) -> None:
     limits = state.limits
-    state.pool = BlockPool(limits.num_blocks)
+    if state.transfers is not None:
+        state.transfers.lose_group()
+    state.pool = BlockPool(limits.num_blocks, state.pool.followers)
     state.table = _make_table(limits)
     state.coming.clear()
     state.in_flight.clear()
@@ -203,7 +234,7 @@ def _make_table(limits: Limits) -> SlotTable:
     return SlotTable.make(limits.max_num_seqs, limits.max_model_len, limits.block_size, limits.vocab_size)
 
 
-def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> Sequence:
+def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None, is_preempted: bool = False) -> Sequence:
     sequence, blocks = state.table.owner(slot), state.table.blocks_of(slot)
     if slot not in state.table.finishing:
         sequence.last_step = state.next_step_id - 1  # at the latest
@@ -212,7 +243,11 @@ def _leave_slot(state: PlannerState, slot: int, num_kept: int | None = None) -> 
     if state.limits.caches_prefixes:
         forget_coming(state.coming, sequence)
         num_final = len(sequence.token_ids) if num_kept is None else sequence.num_prompt_tokens + num_kept
-        publish_history(state.pool, sequence, blocks, min(num_computed, num_final), state.limits.block_size)
+        block_size = state.limits.block_size
+        num_full = publish_history(state.pool, sequence, blocks, min(num_computed, num_final), block_size)
+        if state.transfers is not None:
+            tenant = state.tenants.name_of(sequence.tenant)
+            store_history(state.transfers, state.pool, sequence, num_full, block_size, tenant, keeps=is_preempted)
     state.pool.give_back(blocks, sequence.last_step)
     state.freed_slots.append(slot)
     for record in state.in_flight:

@@ -15,13 +15,19 @@ _MAX_IDLE = 1024  # tenants without work whose counters are kept
 
 
 class Tenants:
-    """Tenants by index. Those without work are forgotten when there are many."""
+    """Tenants by index. Those without work are forgotten when there are many.
 
-    def __init__(self) -> None:
+    Args:
+        counts_tokens: `take_tokens` will ask.
+    """
+
+    def __init__(self, counts_tokens: bool = False) -> None:
+        self._counts_tokens = counts_tokens
         self._indices: dict[str, int] = {}
         self._names: list[str] = []
         self._unused: list[int] = []
         self._served = np.zeros(8, dtype=np.float64)
+        self._num_tokens = np.zeros(8, dtype=np.float64)  # served since they were taken
         self._num_sequences = np.zeros(8, dtype=np.int32)
         self.num_active = 0  # tenants with sequences that have not ended
 
@@ -52,11 +58,27 @@ class Tenants:
     def charge(self, index: int, num_tokens: int) -> None:
         """Prompt tokens are computed for this tenant."""
         self._served[index] += num_tokens
+        self._num_tokens[index] += num_tokens
 
     def charge_outputs(self, tenant_of_slot: Int32Array, slots: Int64Array) -> None:
         """One output token for each of ``slots``. With one tenant at work there is nothing to compare."""
-        if self.num_active > 1:
-            self._served += _OUTPUT_WEIGHT * np.bincount(tenant_of_slot[slots], minlength=len(self._served))
+        if self.num_active > 1 or self._counts_tokens:
+            num_tokens = np.bincount(tenant_of_slot[slots], minlength=len(self._served))
+            self._served += _OUTPUT_WEIGHT * num_tokens
+            self._num_tokens += num_tokens
+
+    def name_of(self, index: int) -> str:
+        return self._names[index]
+
+    def index_of(self, name: str) -> int | None:
+        """None: it is not known, so none of its sequences is here."""
+        return self._indices.get(name)
+
+    def take_tokens(self) -> dict[str, float]:
+        """Prompt and output tokens by tenant, since the last time."""
+        taken = {self._names[index]: float(self._num_tokens[index]) for index in self._num_tokens.nonzero()[0]}
+        self._num_tokens[:] = 0
+        return taken
 
     def _add(self, name: str) -> int:
         if self._unused:
@@ -67,8 +89,9 @@ class Tenants:
             self._names.append(name)
             if index == len(self._served):
                 self._served = np.concatenate([self._served, np.zeros_like(self._served)])
+                self._num_tokens = np.concatenate([self._num_tokens, np.zeros_like(self._num_tokens)])
                 self._num_sequences = np.concatenate([self._num_sequences, np.zeros_like(self._num_sequences)])
-        self._served[index] = 0.0
+        self._served[index] = self._num_tokens[index] = 0.0
         self._indices[name] = index
         return index
 

@@ -44,6 +44,7 @@ new_sequences = st.builds(
     num_computed_tokens=st.integers(0, 2**31),
     block_table=int32s,
     sampling=samplings,
+    num_prompt_logprobs=st.none() | st.integers(0, 2**32 - 1),
 )
 
 
@@ -55,6 +56,7 @@ def all_rows(draw):
         slots,
         draw(hnp.arrays(np.int32, num, elements=st.integers(1, 4096))),
         draw(hnp.arrays(np.bool_, num)),
+        draw(st.none() | hnp.arrays(np.bool_, num).filter(any)),
     )
 
 

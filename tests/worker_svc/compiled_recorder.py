@@ -31,7 +31,7 @@ class RecordingCpuEngine(CpuEngine):
         assert self._group is not None
         step = step_data(batch, self._sampling.of_step(batch), self._last_tokens)
         self._device.run(self._forward, step)
-        self.recorded.append(self._group.sampling.logits[: len(batch.sample_rows)].copy())
+        self.recorded.append(self._group.sampling.logits[: len(batch.sample_tokens)].copy())
         sampling = step_data(batch, self._sampling.of_step(batch), self._last_tokens)
         self._device.submit(Program(), self._programs.sample, sampling)
         return CpuStep(self._device, sampling)

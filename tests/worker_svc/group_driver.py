@@ -37,7 +37,7 @@ def send_plans(stream: PlanStream, epoch: int, num: int) -> None:
 async def collect(stream: PlanStream, num: int) -> list[int]:
     """Sampled tokens of the next ``num`` results."""
     results: asyncio.Queue = asyncio.Queue()
-    running = asyncio.create_task(stream.run(results.put_nowait))
+    running = asyncio.create_task(stream.run(lambda: None, results.put_nowait))
     tokens: list[int] = []
     try:
         while len(tokens) < num:

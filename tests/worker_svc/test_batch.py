@@ -50,7 +50,7 @@ def test_a_prompt_in_chunks_then_decodes():
     assert batch.token_ids.tolist() == [100, 101, 102, 103]
     assert batch.positions.tolist() == [0, 1, 2, 3]
     assert batch.slot_mapping.tolist() == [28, 29, 30, 31]
-    assert len(batch.sample_rows) == 0
+    assert len(batch.sample_tokens) == 0
 
     batch = state.apply(StepPlan(1, 1, Rows(ints(1), ints(2), np.array([True]))))
     assert batch.token_ids.tolist() == [104, 105]
@@ -122,7 +122,7 @@ def test_mixed_rows_lie_one_after_the_other():
     assert batch.positions.tolist() == [3, 0, 1, 2, 3, 4]
     assert batch.token_slots.tolist() == [0, 2, 2, 2, 2, 2]
     assert batch.from_last_token.tolist() == [True] + [False] * 5
-    assert batch.sample_rows.tolist() == [0]
+    assert batch.sample_tokens.tolist() == [0]
     assert batch.sample_slots.tolist() == [0]
 
 
@@ -226,6 +226,62 @@ def test_a_new_epoch_begins_anew_and_an_old_one_is_refused():
         state.apply(StepPlan(2, 6, None))
     with pytest.raises(GroupError, match="past its sequence's blocks"):
         state.apply(StepPlan(3, 1, decode_rows(ints(0))))
+
+
+def scoring_state(num_prompt_logprobs: int | None, num_tokens: int = 6, num_prompt: int = 6) -> BatchState:
+    """One that has a sequence in slot 1, of which a token is computed."""
+    new = new_sequence(1, num_tokens, [5, 6], num_prompt)
+    new = new._replace(num_computed_tokens=1, num_prompt_logprobs=num_prompt_logprobs)
+    state = make_state()
+    state.apply(StepPlan(1, 0, Rows(ints(), ints(), np.zeros(0, dtype=np.bool_)), new_sequences=(new,)))
+    return state
+
+
+def scoring(*counts_by_slot: tuple[int, int, bool, bool]) -> Rows:
+    """Rows of (slot, tokens, whether it samples, whether it scores)."""
+    slots, counts, samples, scores = zip(*counts_by_slot, strict=True)
+    return Rows(ints(*slots), ints(*counts), np.array(samples), np.array(scores))
+
+
+def test_a_row_that_scores_has_a_sampling_row_for_each_token_that_follows():
+    """They come after all that draw a token, and have no slot."""
+    state = scoring_state(7)
+    beside = new_sequence(0, 3, [1])
+    batch = state.apply(StepPlan(1, 1, scoring((0, 3, True, False), (1, 2, False, True)), new_sequences=(beside,)))
+    assert batch.sample_tokens.tolist() == [2, 3, 4]
+    assert batch.sample_slots.tolist() == [0]
+    assert batch.scored_token_ids.tolist() == state.known_tokens[1, 2:4].tolist()
+    assert batch.sampling.num_logprobs.tolist() == [-1, 7, 7]
+    assert batch.output_positions.tolist() == [0, 0, 0]
+
+
+def test_the_last_token_of_a_prompt_is_followed_by_the_output():
+    state = scoring_state(0)
+    batch = state.apply(StepPlan(1, 1, scoring((1, 2, False, True))))
+    batch = state.apply(StepPlan(1, 2, scoring((1, 3, True, True))))
+    assert batch.positions[batch.sample_tokens].tolist() == [5, 3, 4]
+    assert batch.scored_token_ids.tolist() == state.known_tokens[1, 4:6].tolist()
+    batch = state.apply(StepPlan(1, 3, None))
+    assert (batch.sample_slots.tolist(), len(batch.scored_token_ids)) == ([1], 0)
+
+
+def test_what_a_sequence_has_put_out_is_not_scored():
+    state = scoring_state(0, num_tokens=6, num_prompt=3)
+    batch = state.apply(StepPlan(1, 1, scoring((1, 5, True, True))))
+    assert batch.scored_token_ids.tolist() == state.known_tokens[1, 2:3].tolist()
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_logprobs", "count", "reason"),
+    [
+        (None, 2, "a row scores where its sequence wants no prompt logprobs"),
+        (3, 4, "4 tokens scored, 0 sampled; 3 at most"),
+        (21, 1, "21 prompt logprobs; 20 at most"),
+    ],
+)
+def test_a_row_that_must_not_score_is_an_error(num_prompt_logprobs: int | None, count: int, reason: str):
+    with pytest.raises(GroupError, match=reason):
+        scoring_state(num_prompt_logprobs).apply(StepPlan(1, 1, scoring((1, count, False, True))))
 
 
 def test_what_does_not_fit_is_an_error():

@@ -76,7 +76,8 @@ class Run:
             self.guards.append("out")
 
         try:
-            run_steps(self._device, self.steps, self.reported.append, guard, self.ledger)  # type: ignore[arg-type]
+            report = self.reported.append
+            run_steps(self._device, self.steps, report, guard, self.ledger, lambda: 300)  # type: ignore[arg-type]
         except GroupError as error:
             self.error = error
 
@@ -156,7 +157,7 @@ def test_each_step_leaves_a_row(is_asynchronous: bool):
         assert (row["step_id"], row["received_at_ns"]) == (step.step_id, step.received_at_ns)
         assert row["received_at_ns"] <= row["prepared_at_ns"] <= row["launched_at_ns"] <= row["end_at_ns"]
         assert row["end_at_ns"] - row["start_at_ns"] == row["forward_ns"] + row["sample_ns"]
-        assert (row["collective_ns"], row["kv_ns"], row["num_rows"], row["num_tokens"]) == (100, 0, 0, 0)
+        assert (row["collective_ns"], row["kv_ns"], row["num_rows"], row["num_tokens"]) == (100, 300, 0, 0)
     first, second = (result.timings for result in run.reported)
     assert first.idle_ns == 0
     assert second.idle_ns == rows[1]["start_at_ns"] - rows[0]["end_at_ns"]

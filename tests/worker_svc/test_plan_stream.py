@@ -46,7 +46,7 @@ async def test_a_broken_stream_is_refused_and_a_new_epoch_heals_the_group(tmp_pa
         stream.send(start_plan(1))
         stream.send(StepPlan(1, 7, None))
         with pytest.raises(GroupUnavailable, match=r"INTERNAL.*step 7 where step 1 follows"):
-            await stream.run(lambda _: None)
+            await stream.run(lambda: None, lambda _: None)
         assert (await link.wait_until_ready()).epoch == 1
         stream = link.open()
         send_plans(stream, 2, 5)
@@ -73,7 +73,7 @@ async def test_a_second_planner_takes_over(link: GroupLink):
     """The first one's plans that wait still run, but nobody is told."""
     first = link.open()
     send_plans(first, 1, 8)
-    ended = asyncio.create_task(first.run(lambda _: None))
+    ended = asyncio.create_task(first.run(lambda: None, lambda _: None))
     await wait_for_status(link, epoch=1, next_step_id=8)
     second = link.open()
     send_plans(second, 2, 3)
@@ -120,14 +120,14 @@ async def test_an_epoch_that_the_group_has_seen_is_refused(link: GroupLink):
     stream = link.open()
     stream.send(StepPlan(3, 1, None))
     with pytest.raises(GroupUnavailable, match="epoch 3 after epoch 3"):
-        await stream.run(lambda _: None)
+        await stream.run(lambda: None, lambda _: None)
 
 
 async def test_a_planner_that_does_not_wait_for_results_is_refused(link: GroupLink):
     stream = link.open()
     send_plans(stream, 1, MAX_PLANS_QUEUED + 10)
     with pytest.raises(GroupUnavailable, match=r"INTERNAL.*plans are queued already"):
-        await stream.run(lambda _: None)
+        await stream.run(lambda: None, lambda _: None)
 
 
 async def test_a_group_that_is_not_complete_is_unavailable(tmp_path: Path, stub_model: Path):

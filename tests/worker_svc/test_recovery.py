@@ -55,7 +55,7 @@ async def test_steps_under_way_end_the_stream_with_the_reason(tmp_path: Path, st
         await link.wait_until_ready()
         stream = link.open()
         send_plans(stream, 1, 10)
-        running = asyncio.create_task(stream.run(lambda _: None))
+        running = asyncio.create_task(stream.run(lambda: None, lambda _: None))
         await asyncio.sleep(0.5)
         ranks.kill(victim)
         killed_at = time.monotonic()

@@ -33,6 +33,7 @@ from worker_svc.cpu_engine.step import CpuStep, step_data
 from worker_svc.cpu_engine.weights import load_weights
 from worker_svc.engine import EngineConfig, EngineInfo, Progress
 from worker_svc.kv_budget import choose_num_blocks
+from worker_svc.kv_parts import HostCopies, KvCopies, KvShape, cut_model
 from worker_svc.rope import rope_tables
 from worker_svc.sharding import shard_model
 
@@ -47,6 +48,7 @@ class _Loaded:
     model: Model
     activations: Activations
     slot_tokens: SlotTokens
+    kv: KvShape
 
 
 class CpuEngine:
@@ -63,6 +65,7 @@ class CpuEngine:
         self._rendezvous = Rendezvous(config.rank, config.run_dir, library)
         self._loaded: _Loaded | None = None
         self._kv: list[KvBlocks] = []
+        self._copies: KvCopies | None = None
         self._num_blocks = 0
         self._group: GroupBuffers | None = None  # as the programs, of one group: from `join` to `leave`
         self._programs: Programs | None = None
@@ -92,6 +95,7 @@ class CpuEngine:
                 self._device.num_threads,
             ),
             SlotTokens(config.max_num_seqs, min(max_model_len, spec.vocab_size)),
+            cut_model("panels 1", spec, shard, KvBlocks.block_bytes(library, dtype, 1, spec.head_dim)),
         )
         block_bytes = spec.num_layers * KvBlocks.block_bytes(library, dtype, len(shard.kv_heads), spec.head_dim)
         return EngineInfo(
@@ -103,6 +107,7 @@ class CpuEngine:
             num_blocks=choose_num_blocks(
                 block_bytes, config.max_num_seqs, max_model_len, config.kv_cache_gib, tp_size=config.tp_size
             ),
+            kv=self._loaded.kv,
         )
 
     def join(self, meeting: int) -> None:
@@ -116,16 +121,23 @@ class CpuEngine:
         assert self._group is not None, "allocate before join"
         model = self._model
         if num_blocks != self._num_blocks:
-            self._kv.clear()  # frees the memory for the next
+            self._free_cache()  # for the next
             num_kv_heads, head_dim = len(model.shard.kv_heads), model.spec.head_dim
-            self._kv += (
-                KvBlocks(self._library, model.dtype, num_blocks, num_kv_heads, head_dim)
-                for _ in range(model.spec.num_layers)
+            keys, values = KvBlocks.allocate(
+                self._library, model.dtype, model.spec.num_layers, num_blocks, num_kv_heads, head_dim
             )
+            self._kv += (
+                KvBlocks.of(self._library, model.dtype, head_dim, *layer) for layer in zip(keys, values, strict=True)
+            )
+            self._copies = HostCopies(self._loaded.kv, [keys, values], head_axis=2)
             self._num_blocks = num_blocks
         self._programs = capture(
             model, self._kv, self._loaded.activations, self._group, self._loaded.slot_tokens, self._config.sampler
         )
+
+    def copies(self) -> KvCopies:
+        assert self._copies is not None, "copies before allocate"
+        return self._copies
 
     def launch(self, batch: InputBatch) -> CpuStep:
         assert self._programs is not None, "launch before allocate"
@@ -142,7 +154,7 @@ class CpuEngine:
         assert self._group is not None
         assert self._config.tp_size == 1, "other ranks may still write theirs"
         self._device.run(self._programs.forward, step_data(batch, self._sampling.of_step(batch), self._last_tokens))
-        return self._group.sampling.logits[: len(batch.sample_rows)].copy()
+        return self._group.sampling.logits[: len(batch.sample_tokens)].copy()
 
     def abort(self) -> None:
         self._rendezvous.abort()
@@ -160,7 +172,11 @@ class CpuEngine:
         self.leave()
         self._device.close()
         self._loaded = None
+        self._free_cache()
+
+    def _free_cache(self) -> None:
         self._kv.clear()
+        self._copies = None
         self._num_blocks = 0
 
     @property

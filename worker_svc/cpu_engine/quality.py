@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from albireo.arrays import Float32Array, Int32Array
+from albireo.arrays import EMPTY_INT32, Float32Array, Int32Array
 from albireo.model_spec import resolve_model
 from albireo_kernels.cpu import load_library
 from worker_svc.batch import InputBatch
@@ -121,8 +121,9 @@ def _batch(window: Int32Array) -> InputBatch:
         token_slots=zeros,
         positions=rows,
         slot_mapping=rows,
-        sample_rows=rows,
+        sample_tokens=rows,
         sample_slots=zeros,
+        scored_token_ids=EMPTY_INT32,
         output_positions=rows,
         sampling=RowSampling.greedy(count),
     )

@@ -30,10 +30,11 @@ def step_data(batch: InputBatch, sampling: cpu.Sampling, last_tokens: Int32Array
         query_starts=batch.query_starts,
         context_lens=batch.context_lens,
         block_tables=batch.block_tables,
-        sample_rows=batch.sample_rows,
+        sample_tokens=batch.sample_tokens,
         sample_slots=batch.sample_slots,
         sampling=sampling,
         last_tokens=last_tokens,
+        scored_token_ids=batch.scored_token_ids,
     )
 
 

@@ -11,11 +11,12 @@ from albireo.logprobs import Logprobs
 from albireo.model_spec import load_model_spec
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, PendingStep, Progress, StepOutput, StepTimes
+from worker_svc.kv_parts import HostCopies, KvCopies, cut_blocks
 from worker_svc.stub import truth
 from worker_svc.stub.clock import Clock, Launched
 from worker_svc.stub.collective import StarCollective
 from worker_svc.stub.roofline import StepModel, make_step_model
-from worker_svc.stub.sampler import Sampler, step_logprobs
+from worker_svc.stub.sampler import Sampler, step_logprobs, with_scored
 
 _NO_TOKENS = np.zeros(0, dtype=np.int32)
 
@@ -41,6 +42,7 @@ class StubEngine:
         self._last_tokens = np.zeros(config.max_num_seqs, dtype=np.int32)
         self._sampler = Sampler()
         self._cache: UInt64Array = np.zeros((0, config.block_size, width), dtype=np.uint64)
+        self._kv = cut_blocks("words 1", 1, truth.NUM_HEADS, 8 * config.block_size, self._heads, writes=True)
         self._vocab_size = 0
         self._is_truthful = config.stub_mode == "truth"
         step_model = make_step_model(config.stub_step_ms, config.stub_device, config.stub_model, config.tp_size)
@@ -66,6 +68,7 @@ class StubEngine:
             eos_token_ids=spec.eos_token_ids,
             max_model_len=max_model_len,
             num_blocks=fitting if config.kv_cache_gib else min(wanted, fitting),
+            kv=self._kv,
         )
 
     def join(self, meeting: int) -> None:
@@ -75,8 +78,11 @@ class StubEngine:
             self._clock.join(meeting)
 
     def allocate(self, num_blocks: int) -> None:
-        if self._is_truthful and num_blocks != len(self._cache):
+        if num_blocks != len(self._cache):
             self._cache = np.zeros((num_blocks, self._config.block_size, len(self._heads)), dtype=np.uint64)
+
+    def copies(self) -> KvCopies:
+        return HostCopies(self._kv, [self._cache[None]], head_axis=3)
 
     def launch(self, batch: InputBatch) -> PendingStep:
         if self._clock is None:
@@ -104,24 +110,26 @@ class StubEngine:
             return output.token_ids, output.logprobs
         if self._config.rank:  # nobody reads them
             return _NO_TOKENS, None
-        tokens = truth.noise_tokens(batch.sampling.seed, batch.output_positions, self._vocab_size)
+        tokens = with_scored(truth.noise_tokens(batch.sampling.seed, batch.output_positions, self._vocab_size), batch)
         return tokens, self.logprobs(batch, batch.sampling.seed, tokens)
 
     def forward(self, batch: InputBatch) -> UInt64Array:
         """Writes the step's tokens and reads the sampling rows' histories; [S], this rank's part of their digests."""
         token_ids = np.where(batch.from_last_token, self._last_tokens[batch.token_slots], batch.token_ids)
         self._cache.reshape(-1, len(self._heads))[batch.slot_mapping] = truth.kv_words(token_ids, self._heads)
-        lens = batch.context_lens[batch.sample_rows]
+        rows = np.searchsorted(batch.query_starts, batch.sample_tokens, side="right") - 1
+        lens = (batch.positions[batch.sample_tokens] + 1).astype(np.int32)
         num_blocks = -(-int(lens.max(initial=0)) // self._config.block_size)
         # Entries past a row's context are stale: masked by the digest, but they must be readable.
-        tables = np.clip(batch.block_tables[batch.sample_rows, :num_blocks], 0, len(self._cache) - 1)
+        tables = np.clip(batch.block_tables[rows, :num_blocks], 0, len(self._cache) - 1)
         words = self._cache[tables].reshape(len(lens), num_blocks * self._config.block_size, len(self._heads))
         return truth.digest(words, lens)
 
     def sample(self, batch: InputBatch, digests: UInt64Array) -> Int32Array:
-        """[S] whole digests -> [S] tokens, kept as the slots' last ones. Called in the order of the steps."""
+        """[S] whole digests -> [S] tokens; those drawn are kept as the slots' last ones. Called in the order of the
+        steps."""
         tokens = self._sampler.choose(batch, digests, self._vocab_size)
-        self._last_tokens[batch.sample_slots] = tokens
+        self._last_tokens[batch.sample_slots] = tokens[: len(batch.sample_slots)]
         return tokens
 
     def logprobs(self, batch: InputBatch, digests: UInt64Array, tokens: Int32Array) -> Logprobs | None:

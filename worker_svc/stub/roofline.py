@@ -110,7 +110,7 @@ def shape_of(batch: InputBatch) -> StepShape:
     num_tokens, num_rows = len(batch.positions), len(batch.slots)
     num_context_tokens = int(batch.context_lens.sum(dtype=np.int64))
     num_attended = num_context_tokens if num_tokens == num_rows else int((batch.positions + 1).sum())
-    return StepShape(num_tokens, len(batch.sample_rows), num_context_tokens, num_attended)
+    return StepShape(num_tokens, len(batch.sample_tokens), num_context_tokens, num_attended)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,12 +38,12 @@ class Sampler:
             tokens[each.row] = edits.next_allowed(int(tokens[each.row]), may_be)
         for row in {*counting.tolist(), *(each.row for each in sampling.edits if each.bad_words)}:
             self._of_slot[int(batch.sample_slots[row])].output.append(int(tokens[row]))
-        return tokens
+        return with_scored(tokens, batch)
 
     def _words(self, batch: InputBatch, counting: Int64Array) -> UInt64Array:
         """[S], what biases and penalties bring into the digests."""
         sampling = batch.sampling
-        words = np.zeros(len(batch.sample_slots), dtype=np.uint64)
+        words = np.zeros(len(batch.sample_tokens), dtype=np.uint64)
         for each in sampling.edits:
             words[each.row] = edits.bias_word(each.ids, each.biases)
         for row in counting.tolist():
@@ -68,6 +68,13 @@ class Sampler:
         if row.bad_words:
             edits.forbid_bad_words(may_be, row.bad_words, np.array(self._of_slot[slot].output, dtype=np.int32))
         return may_be
+
+
+def with_scored(tokens: Int32Array, batch: InputBatch) -> Int32Array:
+    """``tokens`` [S], where rows that score take what their prompts have."""
+    if not len(batch.scored_token_ids):
+        return tokens
+    return np.concatenate((tokens[: len(batch.sample_slots)], batch.scored_token_ids))
 
 
 def _rows_with_penalties(sampling: RowSampling) -> Int64Array:

@@ -17,12 +17,14 @@ from albireo.model_spec import load_model_spec
 from worker_svc.batch import InputBatch
 from worker_svc.engine import EngineConfig, EngineInfo, Progress, StepOutput, StepTimes
 from worker_svc.kv_budget import choose_num_blocks
+from worker_svc.kv_parts import KvCopies, KvShape, cut_model
 from worker_svc.rope import rope_tables
 from worker_svc.row_sampling import RowSampling
 from worker_svc.sharding import shard_model
 from worker_svc.torch_engine.collectives import Collectives, Rendezvous, SingleRank
 from worker_svc.torch_engine.inputs import StepInputs, prepare_inputs
 from worker_svc.torch_engine.kv_cache import KvCache, allocate_kv_cache, block_bytes
+from worker_svc.torch_engine.kv_copies import make_copies
 from worker_svc.torch_engine.loader import load_weights
 from worker_svc.torch_engine.model import Decoder, forward
 from worker_svc.torch_engine.sampler import Sampled, Sampler
@@ -43,6 +45,7 @@ class TorchEngine:
         self._decoder: Decoder | None = None
         self._sampler: Sampler | None = None
         self._kv_cache: KvCache | None = None
+        self._kv: KvShape | None = None
         self._dtype = torch.float32
         self._last_tokens = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=self._device)
 
@@ -64,6 +67,8 @@ class TorchEngine:
         self._decoder = Decoder(spec, shard, weights, *rope, SingleRank())  # `join` puts the real group in
         self._sampler = Sampler(config.sampler, config.max_num_seqs, shard, self._device)
         bytes_per_block = block_bytes(spec, shard, self._dtype)
+        head_bytes = bytes_per_block // (spec.num_layers * len(shard.kv_heads))
+        self._kv = cut_model("rows 1", spec, shard, head_bytes)
         return EngineInfo(
             device=self._device.type,
             dtype=dtype,
@@ -78,6 +83,7 @@ class TorchEngine:
                 torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None,
                 config.tp_size,
             ),
+            kv=self._kv,
         )
 
     def join(self, meeting: int) -> None:
@@ -87,10 +93,15 @@ class TorchEngine:
     @torch.inference_mode()
     def allocate(self, num_blocks: int) -> None:
         decoder = self._loaded()
-        if self._kv_cache is not None and len(self._kv_cache.keys[0]) == num_blocks:
+        if self._kv_cache is not None and self._kv_cache.keys.shape[1] == num_blocks:
             return
         self._kv_cache = None  # frees the memory for the next
         self._kv_cache = allocate_kv_cache(decoder.spec, decoder.shard, num_blocks, self._dtype, self._device)
+
+    def copies(self) -> KvCopies:
+        assert self._kv is not None, "not loaded"
+        assert self._kv_cache is not None, "copies before allocate"
+        return make_copies(self._kv, self._kv_cache)
 
     @torch.inference_mode()
     def launch(self, batch: InputBatch) -> "TorchStep":
@@ -102,7 +113,7 @@ class TorchEngine:
         logits_shard = self._forward(inputs)
         after_forward = _mark(self._device)
         sampled = self._sample(logits_shard, batch)
-        self._last_tokens[inputs.sample_slots] = sampled.tokens
+        self._last_tokens[inputs.sample_slots] = sampled.tokens[: len(inputs.sample_slots)]
         after_sample = _mark(self._device)
         return TorchStep(
             tokens=_to_host(sampled.tokens.to(torch.int32)),

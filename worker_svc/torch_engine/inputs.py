@@ -12,12 +12,12 @@ from worker_svc.engine import BLOCK_SIZE
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """Inputs of one step of N tokens, of which S end a row that samples; all but the groups are int64 tensors.
+    """Inputs of one step of N tokens, after S of which comes a sampling row; all but the groups are int64 tensors.
 
     Attributes:
         token_ids, positions, slot_mapping: [N].
-        sample_tokens: [S], where the sampling rows' last tokens lie.
-        sample_slots: [S].
+        sample_tokens: [S], which ones.
+        sample_slots: [K], of those rows that draw: the first ones.
         attention_groups: the rows, grouped for attention.
     """
 
@@ -45,7 +45,7 @@ def prepare_inputs(
         token_ids=token_ids,
         positions=to_device(batch.positions, device),
         slot_mapping=to_device(batch.slot_mapping, device),
-        sample_tokens=to_device(batch.query_starts[batch.sample_rows + 1] - 1, device),
+        sample_tokens=to_device(batch.sample_tokens, device),
         sample_slots=to_device(batch.sample_slots, device),
         attention_groups=group_rows(
             batch.query_starts, batch.context_lens, batch.block_tables, BLOCK_SIZE, sliding_window, device

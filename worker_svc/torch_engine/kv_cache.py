@@ -12,22 +12,18 @@ from worker_svc.sharding import ModelShard
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """Keys and values by layer, each [num_blocks, block_size, KV heads of the rank, head_dim]."""
+    """Keys and values, each [layers, num_blocks, block_size, KV heads of the rank, head_dim]."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
 
 
 def allocate_kv_cache(
     spec: ModelSpec, shard: ModelShard, num_blocks: int, dtype: torch.dtype, device: torch.device
 ) -> KvCache:
-    shape = (num_blocks, BLOCK_SIZE, len(shard.kv_heads), spec.head_dim)
-
-    def by_layer() -> tuple[Tensor, ...]:
-        # Zeros, not empty: masked positions are multiplied by 0, and stale memory may hold NaN.
-        return tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(spec.num_layers))
-
-    return KvCache(by_layer(), by_layer())
+    shape = (spec.num_layers, num_blocks, BLOCK_SIZE, len(shard.kv_heads), spec.head_dim)
+    # Zeros, not empty: masked positions are multiplied by 0, and stale memory may hold NaN.
+    return KvCache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
 
 
 def block_bytes(spec: ModelSpec, shard: ModelShard, dtype: torch.dtype) -> int:

@@ -108,6 +108,7 @@ class Sampler:
         if routes.num_records:
             records = group.all_gather(records, [routes.num_records] * group.size)
         tokens = draw_from_records(records.view(group.size, -1), step.params, routes)
+        _put_scored(tokens, rows, batch)
         if not len(routes.sorted) and not len(step.with_logprobs):
             return Sampled(tokens)
         edited = logits[to_device(routes.sorted, self._device)]
@@ -155,6 +156,7 @@ class Sampler:
         unedited = logits[with_logprobs]
         edit_rows(logits, self._vocab, batch.sampling, rows, batch.sample_slots, self._state)
         tokens = draw_whole(logits, params, choose_routes(batch.sampling, rows, len(self._vocab)))
+        _put_scored(tokens, rows, batch)
         if not len(step.with_logprobs):
             return Sampled(tokens)
         return Sampled(tokens, token_logprobs(unedited, tokens[with_logprobs], step.num_top))
@@ -183,4 +185,13 @@ class Sampler:
 
 
 def _all_rows(batch: InputBatch) -> Int64Array:
-    return np.arange(len(batch.sample_slots))
+    return np.arange(len(batch.sample_tokens))
+
+
+def _put_scored(tokens: Tensor, rows: Int64Array, batch: InputBatch) -> None:
+    """``tokens`` [n] of sampling rows ``rows`` [n]: those that score take what their prompts have."""
+    num_drawn = len(batch.sample_slots)
+    (places,) = np.nonzero(rows >= num_drawn)
+    if len(places):
+        scored = batch.scored_token_ids[rows[places] - num_drawn]
+        tokens[to_device(places, tokens.device)] = to_device(scored, tokens.device)

@@ -65,7 +65,7 @@ def step_of(rows: RowInputs, *, token_ids: Int32Array | None = None, sampling: S
         query_starts=rows.query_starts,
         context_lens=rows.context_lens,
         block_tables=rows.block_tables,
-        sample_rows=np.arange(num_samples),
+        sample_tokens=rows.query_starts[1 : num_samples + 1] - 1,
         sample_slots=np.arange(num_samples, dtype=np.int32),
         sampling=cpu.Sampling(
             temperature=np.full(num_samples, chosen.temperature, dtype=np.float32),

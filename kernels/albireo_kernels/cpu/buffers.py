@@ -178,11 +178,29 @@ class KvBlocks:
     """
 
     def __init__(self, library: Library, dtype: Dtype, num_blocks: int, num_kv_heads: int, head_dim: int) -> None:
+        keys, values = self.allocate(library, dtype, 1, num_blocks, num_kv_heads, head_dim)
+        self._set(library, dtype, head_dim, keys[0], values[0])
+
+    @staticmethod
+    def allocate(
+        library: Library, dtype: Dtype, num_layers: int, num_blocks: int, num_kv_heads: int, head_dim: int
+    ) -> tuple[Bytes, Bytes]:
+        """Keys and values of all layers, each [num_layers, num_blocks, num_kv_heads, bytes of a block]."""
+        shape = num_layers, num_blocks, num_kv_heads
         key_bytes, _ = library.matrix_bytes(dtype, BLOCK, head_dim)
         value_bytes, _ = library.matrix_bytes(dtype, head_dim, BLOCK)
-        self.keys: Bytes = allocate((num_blocks, num_kv_heads, key_bytes), np.uint8)
-        self.values: Bytes = allocate((num_blocks, num_kv_heads, value_bytes), np.uint8)
-        self.dtype, self.num_kv_heads, self.head_dim = dtype, num_kv_heads, head_dim
+        return allocate((*shape, key_bytes), np.uint8), allocate((*shape, value_bytes), np.uint8)
+
+    @classmethod
+    def of(cls, library: Library, dtype: Dtype, head_dim: int, keys: Bytes, values: Bytes) -> Self:
+        """One layer of what `allocate` gave."""
+        blocks = cls.__new__(cls)
+        blocks._set(library, dtype, head_dim, keys, values)
+        return blocks
+
+    def _set(self, library: Library, dtype: Dtype, head_dim: int, keys: Bytes, values: Bytes) -> None:
+        self.keys, self.values = keys, values
+        self.dtype, self.num_kv_heads, self.head_dim = dtype, keys.shape[1], head_dim
         self._library = library
 
     @staticmethod

@@ -79,6 +79,23 @@ def test_logprobs_as_text_and_json(server: FakeServer, capsys: pytest.CaptureFix
     assert answer["logprobs"] == [{"logprob": -0.5, "rank": 1, "top": []}, {"logprob": -1.5, "rank": 2, "top": []}]
 
 
+def test_prompt_logprobs_as_text_and_json(server: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
+    """A table of their own, above that of the output; the first token of a prompt has none."""
+    assert run(server, "abc", "--max-tokens", "1", "--prompt-logprobs", "0", "--logprobs", "0") == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines if line] == [
+        ["prompt", "logprob", "rank", "likeliest"],
+        ["98", "-1.0000", "1"],
+        ["99", "-2.0000", "2"],
+        ["token", "logprob", "rank", "likeliest"],
+        ["0", "-0.5000", "1"],
+    ]
+    assert run(server, "ab", "--max-tokens", "1", "--prompt-logprobs", "0", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["prompt_logprobs"] == [None, {"logprob": -1, "rank": 1, "top": []}]
+    assert "logprobs" not in answer
+
+
 def test_text_streams(server: FakeServer) -> None:
     """The first words are there long before the last; Ctrl-C ends the request on the server as well."""
     command = [

@@ -37,6 +37,8 @@ def test_every_parameter_by_its_api_name() -> None:
         "frequency_penalty": -0.5,
         "bad_words": ["a"],
         "logprobs": 0,
+        "prompt_logprobs": 3,
+        "truncate_prompt_tokens": 4,
     }
     assert params.keys() <= set(pb.SamplingParams.DESCRIPTOR.fields_by_name)
     request = parse({"prompt": "x", "request_id": "label", "priority": -1, **params})

@@ -167,6 +167,13 @@ def test_the_services_are_told_what_was_chosen(tmp_path: Path, monkeypatch: pyte
     assert worker.env["ALBIREO_STARTUP_TIMEOUT"] == "5", "what it does not know must"
 
 
+def test_profiles_are_written_where_the_operator_says(tmp_path: Path) -> None:
+    """Where nothing is said, the scheduler knows a place."""
+    for config, given in ((ServeConfig(profile_dir="/p"), ["--profile-dir", "/p"]), (ServeConfig(), [])):
+        scheduler = child_processes(config, RunDir(tmp_path, keep=True))[-1]
+        assert [word for word in scheduler.argv if word in ("--profile-dir", "/p")] == given
+
+
 @pytest.mark.parametrize(
     ("host", "port", "target"),
     [

@@ -198,7 +198,7 @@ struct Step {
   static constexpr int kPrompts[kRows] = {5, 31, 44};
   std::vector<int32_t> ids, slots, contexts, tables, sample_slots, top_k, bias_ids, tokens;
   std::vector<uint8_t> from_last;
-  std::vector<int64_t> positions, mapping, starts{0}, sample_rows, bias_starts{0};
+  std::vector<int64_t> positions, mapping, starts{0}, sample_tokens, bias_starts{0};
   std::vector<float> temperature, top_p, min_p, biases;
   std::vector<uint64_t> keys;
   // Of the middle row: penalties, a bad word of two tokens, and an odd bit field; of the last one: logprobs.
@@ -227,7 +227,7 @@ struct Step {
     c.token_ids = ids.data(), c.from_last_token = from_last.data(), c.token_slots = slots.data();
     c.positions = positions.data(), c.slot_mapping = mapping.data(), c.query_starts = starts.data();
     c.context_lens = contexts.data(), c.block_tables = tables.data();
-    c.sample_rows = sample_rows.data(), c.sample_slots = sample_slots.data();
+    c.sample_tokens = sample_tokens.data(), c.sample_slots = sample_slots.data();
     edits = {bias_starts.data(),       bias_ids.data(),    biases.data(),     allowed.data(),  word_starts.data(),
              word_token_starts.data(), word_tokens.data(), repetition.data(), presence.data(), frequency.data(),
              has_history.data()};
@@ -253,7 +253,7 @@ struct Step {
     }
     starts.push_back((int64_t)ids.size());
     contexts.push_back(before + count);
-    sample_rows.push_back(row), sample_slots.push_back(slot);
+    sample_tokens.push_back((int64_t)ids.size() - 1), sample_slots.push_back(slot);
     temperature.push_back(row == 0 ? 0.0f : 0.8f);
     top_p.push_back(row == 1 ? 0.9f : 1.0f), top_k.push_back(row == 2 ? 20 : 0);
     keys.push_back(0x123456789ABCDEFu * (index * kRows + row + 1));

@@ -120,6 +120,7 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
         self.truncates: asyncio.Queue[frontend_pb2.Truncate] = asyncio.Queue()
         self.cancels: asyncio.Queue[int] = asyncio.Queue()
         self.aborts: asyncio.Queue[str] = asyncio.Queue()
+        self.follows: asyncio.Queue[bool] = asyncio.Queue()
         self.flushed = asyncio.Event()
         self.ready = asyncio.Event()  # the group has loaded
         self.ready.set()
@@ -141,6 +142,7 @@ class FakePlanner(frontend_pb2_grpc.PlannerServicer):
                 (self.truncates, message.truncates),
                 (self.cancels, message.cancels),
                 (self.aborts, [abort.request_id for abort in message.aborts]),
+                (self.follows, [message.follows_cache] if message.HasField("follows_cache") else []),
             ):
                 for item in items:
                     queue.put_nowait(item)

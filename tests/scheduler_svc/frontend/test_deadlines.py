@@ -12,6 +12,7 @@ from smg_grpc_proto import vllm_engine_pb2
 from albireo.errors import DeadlineExceeded
 from albireo.v1 import frontend_pb2
 from albireo.v1.generation_pb2 import GenerateRequest, SamplingParams, TokenIds
+from scheduler_svc.frontend.config import FrontendConfig
 from scheduler_svc.frontend.deadline import NO_DEADLINE, deadline_in, remaining_s
 from scheduler_svc.frontend.native import GenerationServicer
 from scheduler_svc.frontend.vllm_api import VllmEngineServicer
@@ -76,7 +77,9 @@ async def test_the_planner_learns_what_remains(world: Any, api: str) -> None:
 
 @pytest.mark.parametrize("api", APIS)
 async def test_a_deadline_that_is_over_at_arrival_is_refused(world: Any, api: str) -> None:
-    servicer: Any = (GenerationServicer if api == "native" else VllmEngineServicer)(world.core)
+    servicer: Any = (
+        GenerationServicer(world.core) if api == "native" else VllmEngineServicer(world.core, FrontendConfig())
+    )
     context = LateContext()
     await servicer.Generate(request(api), context)
     assert context.status == (EXCEEDED, "the request's deadline has passed", ())

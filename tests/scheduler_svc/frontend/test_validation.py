@@ -86,6 +86,10 @@ def validated(defaults: SamplingDefaults | None = None, **fields: Any) -> Genera
         ({"bad_words_token_ids": [[1, 100]]}, r"bad_words_token_ids\[0\] has token 100; the vocabulary"),
         ({"logprobs": 21}, "logprobs is 21; it must be 0 to 20"),
         ({"logprobs": -1}, "logprobs is -1; it must be 0 to 20"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs is 21; it must be 0 to 20"),
+        ({"prompt": range(20), "truncate_prompt_tokens": 16}, "prompt has 16 tokens; the context of 16 tokens"),
+        ({"prompt": (1, 100, 2), "truncate_prompt_tokens": 2}, r"prompt\[1\] is 100; the vocabulary has ids 0 to 99"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens is 0; it must be 1 or more"),
         ({"request_id": "x" * 257}, "request_id has 257 characters; 256 at most"),
         ({"request_id": "a\nb"}, r"request_id\[1\] is '\\n'; it must not have control characters"),
         ({"request_id": "\u2028"}, r"request_id\[0\] is '\\u2028'"),
@@ -131,6 +135,13 @@ def test_given_fields_win_over_the_models_defaults() -> None:
 
 def test_a_prompt_may_leave_room_for_one_token() -> None:
     assert validated(prompt=range(15)).max_tokens == 1
+
+
+@pytest.mark.parametrize(("num", "kept"), [(1, 1), (5, 5), (15, 15), (-1, 15), (None, 15)])
+def test_a_prompt_is_cut_to_its_last_tokens(num: int | None, kept: int) -> None:
+    prompt = range(20 if num else 15)
+    assert validated(prompt=prompt, truncate_prompt_tokens=num).token_ids.tolist() == list(prompt)[-kept:]
+    assert validated(prompt=(1, 2), truncate_prompt_tokens=num).token_ids.tolist() == [1, 2][-kept:]
 
 
 def test_lengths_are_clamped_to_the_context() -> None:

@@ -8,7 +8,6 @@ import grpc
 import pytest
 from grpc import aio
 from smg_grpc_proto import vllm_engine_pb2 as pb
-from smg_grpc_proto.generated import common_pb2
 
 from albireo.arrays import unpack_float32, unpack_int32
 from albireo.v1.generation_pb2 import FINISH_REASON_ABORT, FINISH_REASON_STOP
@@ -196,8 +195,6 @@ async def test_cancelling_the_call_cancels_its_sequences(world: Any, stream: boo
 @pytest.mark.parametrize(
     ("name", "params"),
     [
-        ("prompt_logprobs", {"prompt_logprobs": 1}),
-        ("truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
         ("grammar_from_first_token", {"grammar_from_first_token": True}),
         ("json_schema", {"json_schema": "{}"}),
         ("regex", {"regex": "a"}),
@@ -236,7 +233,7 @@ SERVED = {
     "GenerateRequest": "request_id tokenized text sampling_params stream",
     "SamplingParams": "temperature top_p top_k max_tokens min_tokens stop stop_token_ids skip_special_tokens ignore_eos"
     " n seed include_stop_str_in_output min_p frequency_penalty presence_penalty repetition_penalty logprobs"
-    " logit_bias",
+    " logit_bias prompt_logprobs truncate_prompt_tokens",
     "TokenizedInput": "input_ids",
     "AbortRequest": "request_ids",
 }
@@ -298,28 +295,3 @@ async def test_information_for_gateways(world: Any, model_path: Any, ids: Ids) -
     assert list(model.eos_token_ids) == ids("<|eos|>")
     assert json.loads(model.default_sampling_params_json) == {"temperature": 0.5, "top_k": 7}
     assert (server.max_num_seqs, server.data_parallel_size, server.block_size) == (8, 1, 32)
-
-
-async def test_flushing_the_cache_reaches_the_planner(world: Any) -> None:
-    answer = await world.vllm.FlushCache(common_pb2.FlushCacheRequest())
-    assert answer.success
-    await world.planner.flushed.wait()
-
-
-@pytest.mark.parametrize(
-    ("rpc", "message"),
-    [
-        ("Embed", pb.EmbedRequest()),
-        ("GetLoads", pb.GetLoadsRequest()),
-        ("StartProfile", common_pb2.StartProfileRequest()),
-        ("StopProfile", common_pb2.StopProfileRequest()),
-        ("GetTokenizer", common_pb2.GetTokenizerRequest()),
-        ("SubscribeKvEvents", common_pb2.SubscribeKvEventsRequest()),
-    ],
-)
-async def test_other_calls_say_why_they_are_not_served(world: Any, rpc: str, message: Any) -> None:
-    call = getattr(world.vllm, rpc)(message)
-    with pytest.raises(aio.AioRpcError) as caught:
-        await (call.read() if hasattr(call, "read") else call)
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert (caught.value.details() or "").startswith(f"{rpc}: ")

@@ -185,7 +185,7 @@ def test_the_pool_adds_up_whatever_happens(data: st.DataObject) -> None:
             blocks = data.draw(st.sampled_from(held))
             hashes = [data.draw(st.sampled_from([b"a", b"b", b"c", b"d", b"e"])) for _ in blocks]
             before = dict(pool._blocks)
-            pool.publish(blocks, hashes)
+            pool.publish(blocks, hashes, b"", np.zeros(len(blocks), dtype=np.int32))
             content |= {block: name for name, block in pool._blocks.items() if name not in before}
         elif action == "find":
             names = data.draw(st.lists(st.sampled_from([b"a", b"b", b"c", b"d", b"e"]), unique=True, max_size=4))

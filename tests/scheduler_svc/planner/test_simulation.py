@@ -13,14 +13,17 @@ from albireo.v1 import frontend_pb2, plan_pb2
 from scheduler_svc.planner.arrivals import apply_message
 from scheduler_svc.planner.block_pool import BlockPool
 from scheduler_svc.planner.policy import plan_step
+from scheduler_svc.planner.swap_policy import SwapMode
 from simulation import EOS, Simulation, any_sampling, pack_mask
+from swap_simulation import SwapSimulation
 
 VOCAB_SIZE = 53
 COMMON = [(7 * i + 3) % VOCAB_SIZE for i in range(40)]  # what many prompts begin with
 
 
 class PlannerMachine(RuleBasedStateMachine):
-    """Random arrivals, aborts, delays of results and pool exhaustion over planner, block pool and stub ranks."""
+    """Random arrivals, aborts, delays of results and pool exhaustion over planner, block pool and stub ranks; with a KV
+    store, that also refuses, forgets, damages and goes away."""
 
     @initialize(
         tp_size=st.sampled_from([1, 2, 4]),
@@ -29,9 +32,21 @@ class PlannerMachine(RuleBasedStateMachine):
         spare_blocks=st.integers(0, 12),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(5, 24),
+        store=st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {
+                    "mode": st.sampled_from(SwapMode),
+                    "capacity": st.integers(1, 100),
+                    "p_trouble": st.sampled_from([0.0, 0.1]),
+                    "seed": st.integers(0, 2**32),
+                }
+            ),
+        ),
     )
-    def start(self, tp_size, depth, block_size, spare_blocks, max_num_seqs, budget):
-        self.simulation = Simulation(
+    def start(self, tp_size, depth, block_size, spare_blocks, max_num_seqs, budget, store):
+        self.simulation = (Simulation if store is None else SwapSimulation)(
+            **(store or {}),
             tp_size=tp_size,
             depth=depth,
             block_size=block_size,
@@ -57,14 +72,16 @@ class PlannerMachine(RuleBasedStateMachine):
         seed=st.integers(0, 2**64 - 1),
         min_tokens=st.integers(0, 12),
         edits=st.one_of(st.none(), st.integers(0, 2**32)),
+        num_prompt_logprobs=st.sampled_from([None, None, 0, 3]),
     )
-    def submit(self, beginning, prompt, num, max_tokens, seed, edits, **parameters):
-        """``num`` completions of a prompt that may begin like others."""
+    def submit(self, beginning, prompt, num, max_tokens, seed, edits, num_prompt_logprobs, **parameters):
+        """``num`` completions of a prompt that may begin like others; the first of them may score it."""
         if edits is not None:
             parameters |= any_sampling(random.Random(edits), VOCAB_SIZE)
         label = f"r{len(self.simulation.expected) % 7}"
         prompt = [*COMMON[:beginning], *prompt][:47]
         for index in range(num):
+            parameters["num_prompt_logprobs"] = None if index else num_prompt_logprobs
             self.simulation.submit(prompt, max_tokens, label=label, seed=(seed + index) % 2**64, **parameters)
 
     @rule()
@@ -78,6 +95,15 @@ class PlannerMachine(RuleBasedStateMachine):
     @rule()
     def commit(self):
         self.simulation.commit()
+
+    @precondition(lambda self: isinstance(self.simulation, SwapSimulation))
+    @rule(
+        event=st.sampled_from(
+            ["answer", "answer", "run_transfer", "run_transfer", "commit_transfer", "lose_store", "regain_store"]
+        )
+    )
+    def move_blocks(self, event):
+        getattr(self.simulation, event)()
 
     @rule(turns=st.integers(1, 12))
     def let_time_pass(self, turns):
@@ -153,6 +179,7 @@ def load(simulation: Simulation, rng: random.Random, num: int) -> None:
             temperature=rng.choice([0.0, 1.0]),
             seed=rng.getrandbits(64),
             min_tokens=rng.choice([0, 0, 9]),
+            num_prompt_logprobs=rng.choice([None, None, None, 2]),
             **(any_sampling(rng, simulation.limits.vocab_size) if rng.random() < 0.5 else {}),
         )
         for _pause in range(rng.choice([0, 0, 3, 20])):

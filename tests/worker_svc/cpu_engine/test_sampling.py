@@ -42,6 +42,7 @@ from sampling_rows import (
     margin_of,
     random_logits,
     random_row,
+    random_scored,
 )
 from worker_svc.batch import History, InputBatch
 from worker_svc.cpu_engine.sampling import SamplingMaker
@@ -49,6 +50,7 @@ from worker_svc.cpu_engine.step import CpuStep
 from worker_svc.row_sampling import SlotSampling
 
 MAX_ROWS = 64
+NUM_SCORED = 5  # of them
 # Where the oracle's own decision is as close as this, rounding may turn it.
 NARROW = 1e-5
 TIMEOUT_S = 60.0
@@ -85,14 +87,15 @@ class Ranks:
     ) -> tuple[list[int], Logprobs | None]:
         """Of one step, identical on all ranks."""
         self._shared.logits[: len(logits)] = logits
-        count, pending = len(batch.sample_rows), []
+        count, pending = len(batch.sample_tokens), []
         for device, program in zip(self._devices, programs, strict=True):
-            last_tokens = np.zeros(NUM_SLOTS, dtype=np.int32)
+            last_tokens = np.full(NUM_SLOTS, -1, dtype=np.int32)
             slots = batch.sample_slots
             step = step_of(
                 [1] * count,
                 sampled=range(count),
                 sample_slots=slots,
+                scored_token_ids=batch.scored_token_ids,
                 sampling=SamplingMaker().of_step(batch),
                 last_tokens=last_tokens,
             )
@@ -101,7 +104,8 @@ class Ranks:
         outputs = [step.resolve() for step, _ in pending]
         for output, (_, last_tokens) in zip(outputs, pending, strict=True):
             assert output.token_ids.tolist() == outputs[0].token_ids.tolist()
-            assert last_tokens[batch.sample_slots].tolist() == output.token_ids.tolist()
+            assert last_tokens[batch.sample_slots].tolist() == output.token_ids[: len(batch.sample_slots)].tolist()
+            assert (last_tokens >= 0).sum() == len(batch.sample_slots)
             assert_same_logprobs(output.logprobs, outputs[0].logprobs)
         return outputs[0].token_ids.tolist(), outputs[0].logprobs
 
@@ -131,10 +135,12 @@ def groups(library: Library) -> Iterator[dict[int, list[Device]]]:
 def test_every_scheme_and_number_of_ranks_draws_what_the_oracle_draws(
     library: Library, groups: dict[int, list[Device]], seed: int, vocab_size: int, kind: str
 ) -> None:
-    """Tokens and logprobs of 64 rows a time, every parameter at random; the same bits in all twelve ways."""
+    """Tokens and logprobs of 64 rows a time, every parameter at random; some of them score; the same bits in all twelve
+    ways."""
     generator = np.random.default_rng(seed)
-    rows = [random_row(generator, vocab_size) for _ in range(MAX_ROWS)]
-    logits, batch = random_logits(generator, MAX_ROWS, vocab_size, kind), batch_of(rows, vocab_size)
+    rows = [random_row(generator, vocab_size) for _ in range(MAX_ROWS - NUM_SCORED)]
+    scored = random_scored(generator, NUM_SCORED, vocab_size)
+    logits, batch = random_logits(generator, MAX_ROWS, vocab_size, kind), batch_of(rows, vocab_size, scored)
     results = {}
     for size, devices in groups.items():
         ranks = Ranks(library, devices, vocab_size)
@@ -144,9 +150,10 @@ def test_every_scheme_and_number_of_ranks_draws_what_the_oracle_draws(
     for way, (other_tokens, other_logprobs) in results.items():
         assert other_tokens == tokens, way
         assert_same_logprobs(other_logprobs, logprobs)
-    for row, of_row, token in zip(rows, logits, tokens, strict=True):
+    for row, of_row, token in zip(rows, logits, tokens, strict=False):
         assert token == expected_token(of_row, row) or margin_of(of_row, row) < NARROW, row
-    assert_logprobs(logprobs, logits, rows, tokens)
+    assert tokens[-NUM_SCORED:] == [row.token for row in scored]
+    assert_logprobs(logprobs, logits, [*rows, *scored], tokens)
 
 
 VOCAB_SIZE = 203

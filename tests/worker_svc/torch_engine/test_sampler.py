@@ -26,6 +26,7 @@ from sampling_rows import (
     margin_of,
     random_logits,
     random_row,
+    random_scored,
 )
 from worker_svc.row_sampling import SlotSampling
 from worker_svc.torch_engine.sampling import draws
@@ -68,7 +69,8 @@ def draw_many(logits: Tensor, params: Params, num_draws: int, varies: str = "see
     kind=st.sampled_from(KINDS),
 )
 def test_every_scheme_and_number_of_ranks_draws_what_the_oracle_draws(seed: int, vocab_size: int, kind: str) -> None:
-    """Tokens and logprobs of 64 rows a time, every parameter at random; the same bits in all twelve ways."""
+    """Tokens and logprobs of 64 rows a time, every parameter at random, and of others that score; the same bits in all
+    twelve ways."""
     check_all_ways(seed, vocab_size, kind)
 
 
@@ -80,17 +82,18 @@ def test_every_scheme_and_number_of_ranks_many_times() -> None:
 
 def check_all_ways(seed: int, vocab_size: int, kind: str) -> None:
     generator = np.random.default_rng(seed)
-    rows = [random_row(generator, vocab_size) for _ in range(64)]
-    logits, batch = random_logits(generator, 64, vocab_size, kind), batch_of(rows, vocab_size)
+    rows, scored = [random_row(generator, vocab_size) for _ in range(64)], random_scored(generator, 5, vocab_size)
+    logits, batch = random_logits(generator, 69, vocab_size, kind), batch_of(rows, vocab_size, scored)
     tokens, logprobs = Ranks("merge", 1, vocab_size).sample(logits, batch)
     for scheme in SCHEMES:
         for tp_size in TP_SIZES:
             others = Ranks(scheme, tp_size, vocab_size).sample(logits, batch)
             assert others[0] == tokens, (scheme, tp_size)
             assert_same_logprobs(others[1], logprobs)
-    for row, of_row, token in zip(rows, logits, tokens, strict=True):
+    for row, of_row, token in zip(rows, logits[:64], tokens[:64], strict=True):
         assert token == expected_token(of_row, row) or margin_of(of_row, row) < NARROW, row
-    assert_logprobs(logprobs, logits, rows, tokens)
+    assert tokens[64:] == [row.token for row in scored]
+    assert_logprobs(logprobs, logits, [*rows, *scored], tokens)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

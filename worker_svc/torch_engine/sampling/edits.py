@@ -48,12 +48,12 @@ def edit_rows(
 
     Args:
         logits: [n, len(ids)] float32, of the sampling rows ``rows`` [n], ascending.
-        slots: [S], of all sampling rows.
+        slots: [K], of all sampling rows that draw; no others have edits.
         state: of the token ids ``ids``; it has begun with this step.
     """
     if not len(ids):
         return
-    place_of = np.full(len(slots), -1, dtype=np.int64)
+    place_of = np.full(len(sampling.temperature), -1, dtype=np.int64)
     place_of[rows] = np.arange(len(rows))
     edits = [(int(place_of[of_row.row]), of_row) for of_row in sampling.edits if place_of[of_row.row] >= 0]
     _add_biases(logits, ids, edits)

@@ -96,7 +96,7 @@ typedef struct {
   float *top_logprobs;
 } AlbireoLogprobs;
 
-/* How S rows are sampled. */
+/* How S rows are sampled. Of those that are scored, only the logprobs matter. */
 typedef struct {
   const float *temperature;          /* [S]; below 1e-5: greedy */
   const float *top_p;                /* [S]; 1: all */
@@ -108,12 +108,14 @@ typedef struct {
   const AlbireoLogprobs *logprobs;   /* null: of no row */
 } AlbireoSampling;
 
-/* The inputs of one step: N tokens of R rows, of which S sample; and what became of it. */
+/* The inputs of one step: N tokens of R rows, and S samples; and what became of it. The last num_scored samples draw
+ * nothing: their tokens are given, for the sake of their logprobs, and no slot learns of them. */
 typedef struct {
   int32_t num_tokens;
   int32_t num_rows;
   int32_t num_samples;
-  int32_t block_table_stride;       /* elements */
+  int32_t num_scored;
+  int64_t block_table_stride;       /* elements */
   const int32_t *token_ids;         /* [N]; undefined where from_last_token */
   const uint8_t *from_last_token;   /* [N], whether the token is the last one of its slot */
   const int32_t *token_slots;       /* [N] */
@@ -122,8 +124,9 @@ typedef struct {
   const int64_t *query_starts;      /* [R + 1] */
   const int32_t *context_lens;      /* [R] */
   const int32_t *block_tables;      /* [R, block_table_stride] */
-  const int64_t *sample_rows;       /* [S], ascending; a row's last token is sampled from */
-  const int32_t *sample_slots;      /* [S] */
+  const int64_t *sample_tokens;     /* [S], after which tokens; none twice */
+  const int32_t *sample_slots;      /* [S - num_scored] */
+  const int32_t *scored_token_ids;  /* [num_scored] */
   AlbireoSampling sampling;
   int32_t *tokens;                  /* [S], out */
   int32_t *last_tokens;             /* [slots]; read by this step's tokens, written by its samples */

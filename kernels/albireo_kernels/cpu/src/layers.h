@@ -79,7 +79,7 @@ inline bool add_norm(const AlbireoAddNorm &op, int32_t extent, const AlbireoStep
   if (op.num_partials > 0 && worker.num_ranks > 1 && !worker.meet()) return false;
   const Share share(num_rows_of(step, extent), worker);
   for (int64_t row = share.begin; row < share.end; row++) {
-    const int64_t token = extent == ALBIREO_EACH_SAMPLE ? step.query_starts[step.sample_rows[row] + 1] - 1 : row;
+    const int64_t token = extent == ALBIREO_EACH_SAMPLE ? step.sample_tokens[row] : row;
     auto *residual = (float *)op.residual.data + token * op.residual.stride;
     if (op.num_partials > 0) add_partials(op, residual, token);
     norm_row(op, residual, row);

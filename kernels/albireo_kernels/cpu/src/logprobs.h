@@ -33,7 +33,7 @@ inline int32_t num_before(const Row &row, float value, int32_t token) {
   for (int64_t begin = 0; begin < row.num_ids; begin += kChunk) {
     const float *chunk = chunk_at(row, begin, padded);
     for (int at = 0; at < kChunk; at += kWidth) {
-      const Floats values = load<Floats>(chunk + at);
+      const Floats values = max(load<Floats>(chunk + at), splat(-kInfinity));  // where it is NaN, -inf
       const Ints comes_before = (values > value) | ((values == value) & (ids_at(row, begin + at) < token));
       count += std::popcount(lane_bits(comes_before));
     }

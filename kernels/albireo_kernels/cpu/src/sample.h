@@ -22,6 +22,9 @@ inline Row row_of(const AlbireoColumns &columns, const AlbireoSampling &sampling
   };
 }
 
+// Samples before this one draw; the others are scored.
+inline int32_t num_drawn(const AlbireoStep &step) { return step.num_samples - step.num_scored; }
+
 inline bool wants_logprobs(const AlbireoSampling &sampling, int64_t index) {
   return sampling.logprobs != nullptr && sampling.logprobs->num_top[index] >= 0;
 }
@@ -111,7 +114,7 @@ inline void select_candidates(const AlbireoSelect &op, const AlbireoStep &step, 
     worker.wait_for_team();
   }
   const sampling::Scratch scratch = sampling::scratch_of(op.scratch, worker);
-  sampling::for_each_row(op.rows, step.num_samples, worker, [&](int64_t index) {
+  sampling::for_each_row(op.rows, sampling::num_drawn(step), worker, [&](int64_t index) {
     const sampling::Row row = sampling::row_of(op.logits, by, index);
     if (by.edits != nullptr) {
       if (sampling::wants_logprobs(by, index)) std::copy_n(row.logits, row.num_ids, op.raw + index * op.logits.stride);
@@ -127,9 +130,10 @@ inline bool draw_tokens(const AlbireoDraw &op, const AlbireoStep &step, Worker &
   const sampling::Scratch scratch = sampling::scratch_of(op.scratch, worker);
   sampling::for_each_row(op.rows, step.num_samples, worker, [&](int64_t index) {
     sampling::Row row = sampling::row_of(op.logits, by, index);
-    op.tokens[index] = sampling::draw_row(op, row, index, scratch);
+    const int64_t scored = index - sampling::num_drawn(step);
+    op.tokens[index] = scored < 0 ? sampling::draw_row(op, row, index, scratch) : step.scored_token_ids[scored];
     if (!sampling::wants_logprobs(by, index)) return;
-    if (by.edits != nullptr) row.logits = op.raw + index * op.logits.stride;
+    if (by.edits != nullptr && scored < 0) row.logits = op.raw + index * op.logits.stride;
     sampling::tell_logprobs(row, op.tokens[index], by.logprobs->num_top[index], scratch, op.logprobs[index]);
   });
   return true;
@@ -147,14 +151,16 @@ inline bool publish(const AlbireoPublish &op, AlbireoStep &step, Worker &worker)
   const AlbireoSampling &by = step.sampling;
   const Share share(step.num_samples, worker);
   for (int64_t i = share.begin; i < share.end; i++) {
-    const int32_t token = op.tokens[i], slot = step.sample_slots[i];
+    const int32_t token = op.tokens[i];
     step.tokens[i] = token;
+    if (sampling::wants_logprobs(by, i)) publish_logprobs(op.logprobs[i], *by.logprobs, i);
+    if (i >= sampling::num_drawn(step)) continue;
+    const int32_t slot = step.sample_slots[i];
     step.last_tokens[slot] = token;
     if (by.edits != nullptr && by.edits->has_history[i]) {
       const bool counts_here = sampling::is_in(token, op.first_id, op.num_ids);
       sampling::remember(sampling::History(op.slot_tokens, slot), token, counts_here);
     }
-    if (sampling::wants_logprobs(by, i)) publish_logprobs(op.logprobs[i], *by.logprobs, i);
   }
   return true;
 }
