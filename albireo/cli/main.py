@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import albireo
-from albireo.cli import bench, generate, serve, trace
+from albireo.cli import bench, generate, health, serve, trace
 from albireo.cli.client import CallFailed
 from albireo.errors import AlbireoError, GroupError
 
@@ -19,6 +19,7 @@ _COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "serve": (serve.run, "serve a model on this machine"),
     "generate": (generate.run, "complete a prompt, or a file of prompts, on a running server"),
     "bench": (bench.run, "measure a running server, or this host"),
+    "health": (health.run, "ask one service whether it serves"),
     "trace": (trace.run, "write a picture of a running server's latest steps"),
 }
 

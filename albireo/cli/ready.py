@@ -40,7 +40,7 @@ async def wait_for_group(server: Server) -> plan_pb2.GroupInfo:
 
 async def wait_until_serving(server: Server) -> None:
     """Waits until the health service there says SERVING. Endless: the caller watches the process."""
-    while not await _is_serving(server):  # noqa: ASYNC110  # the event is in another process
+    while not await is_serving(server):  # noqa: ASYNC110  # the event is in another process
         await asyncio.sleep(_POLL_S)
 
 
@@ -58,7 +58,8 @@ async def _group_status(server: Server) -> plan_pb2.GroupStatus:
             raise GroupError(f"the worker group does not tell its state: {error.code().name}") from error
 
 
-async def _is_serving(server: Server) -> bool:
+async def is_serving(server: Server) -> bool:
+    """Whether its health service says SERVING. GroupError: it has none."""
     async with rpc.make_channel(server.target, security=server.security) as channel:
         stub = health_pb2_grpc.HealthStub(channel)  # type: ignore[no-untyped-call]  # grpc_health ships no types
         try:
