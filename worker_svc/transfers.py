@@ -159,10 +159,12 @@ class Transfers:
     def _run(self) -> None:
         try:
             while (job := self._next()) is not None:
-                result = self._do(job)
-                if not self._has_ended:
-                    self._report(result)
-                self._finish()
+                arena = self._arena_for(job)
+                if self._begin():
+                    result = self._do(job, arena)
+                    if not self._has_ended:
+                        self._report(result)
+                    self._finish()
         except Exception as error:
             log.exception("KV transfers cannot go on")
             self._finish()
@@ -174,10 +176,19 @@ class Transfers:
         """Waits for a job that may begin; None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._has_ended or (self._jobs and self._may_begin(self._jobs[0])))
-            if self._has_ended:
-                return None
-            self._is_working = True
-            return self._jobs.popleft()
+            return None if self._has_ended else self._jobs.popleft()
+
+    def _arena_for(self, job: _Job) -> Arena | None:
+        """May take seconds, where the store is there and does not answer."""
+        if self._is_void(job) or not self._parts(job.transfer):
+            return None
+        return self._attachment.to(job.transfer.lease)
+
+    def _begin(self) -> bool:
+        """Whether there may be copies, for whose end `wait_until_ended` waits."""
+        with self._changed:
+            self._is_working = not self._has_ended
+            return self._is_working
 
     def _finish(self) -> None:
         with self._changed:
@@ -190,15 +201,18 @@ class Transfers:
     def _is_void(self, job: _Job) -> bool:
         return self._has_ended or job.number <= self._num_abandoned
 
-    def _do(self, job: _Job) -> TransferResult:
+    def _parts(self, transfer: Transfer) -> range:
+        """What this rank has to copy; none where another one stores the blocks."""
+        shape = self._store.shape
+        return shape.writes if transfer.kind is TransferKind.STORE else shape.reads
+
+    def _do(self, job: _Job, arena: Arena | None) -> TransferResult:
         start_ns = time.monotonic_ns()
-        transfer, shape = job.transfer, self._store.shape
-        parts = shape.writes if transfer.kind is TransferKind.STORE else shape.reads
-        # Where the rank has no part in it, another one stores the blocks.
+        transfer, parts = job.transfer, self._parts(job.transfer)
         succeeded: BoolArray = np.full(len(transfer.blocks), not parts)
-        if parts and not self._is_void(job) and (arena := self._attachment.to(transfer.lease)) is not None:
+        if arena is not None:
             self._copy_blocks(arena, job, parts, succeeded)
-        num_bytes = int(succeeded.sum()) * len(parts) * shape.part_bytes
+        num_bytes = int(succeeded.sum()) * len(parts) * self._store.shape.part_bytes
         return TransferResult(transfer.transfer_id, succeeded, num_bytes, time.monotonic_ns() - start_ns)
 
     def _copy_blocks(self, arena: Arena, job: _Job, parts: Sequence[int], succeeded: BoolArray) -> None:

@@ -205,8 +205,8 @@ def child_processes(config: ServeConfig, run_dir: RunDir) -> list[Child]:
         *flags("max_waiting", "max_itl_ms", "prefix_cache", "max_streams", "recovery_timeout", "drain_timeout"),
         *("--run-dir", str(run_dir.path)),
         *flags("profile_dir", "log_level", "metrics_port", *TENANT_FLAGS, *SECURITY_FLAGS, *TRACING_FLAGS),
-        *flags("swap", "kv_secret_file"),
-        *(["--kv-store", kv_store] if kv_store else []),
+        *flags("kv_secret_file"),
+        *(["--kv-store", kv_store, *flags("swap")] if kv_store else []),
     ]
     return [
         *([_kv_store(config, run_dir, env)] if config.kv_store_gib else []),

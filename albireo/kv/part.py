@@ -12,7 +12,7 @@ Whoever reads checks all of it: what is lost, torn, stale or damaged is a miss.
 """
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ _MAGIC, _VERSION = b"AKVP", 1
 _FIELDS = struct.Struct("<4sHH8s32sI4x")
 _CHECKSUM = struct.Struct("<Q")
 _ALIGNMENT = 64
+_CHUNK_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +56,9 @@ def write_part(slot: Bytes, name: PartName, pieces: Sequence[Piece]) -> None:
     fields = _fields(name, num_bytes)
     slot[:HEADER_BYTES] = 0  # whoever reads meanwhile finds no part
     checksum = xxhash.xxh3_64(fields)
-    start = HEADER_BYTES
-    for piece in pieces:
-        place = slot[start : start + piece.nbytes]
-        np.copyto(_like(place, piece), piece)
+    for place, piece in _in_chunks(slot, pieces):
+        np.copyto(place, piece)
         checksum.update(place.data)
-        start += piece.nbytes
     header = fields + _CHECKSUM.pack(checksum.intdigest())
     slot[:HEADER_BYTES] = np.frombuffer(header, dtype=np.uint8)
 
@@ -71,30 +69,49 @@ def read_part(slot: Bytes, expected: PartName, pieces: Sequence[Piece]) -> bool:
     Returns:
         Whether it did. If not, the pieces' contents must not be used.
     """
-    header = slot[:HEADER_BYTES].tobytes()
-    if not _is_header_of(header, slot, expected, _num_bytes(pieces)):
+    num_bytes = _num_bytes(pieces)
+    header, fields = slot[:HEADER_BYTES].tobytes(), _fields(expected, num_bytes)
+    if not _begins(header, fields, slot, num_bytes):
         return False
-    start = HEADER_BYTES
-    for piece in pieces:
-        np.copyto(piece, _like(slot[start : start + piece.nbytes], piece))
-        start += piece.nbytes
+    checksum = xxhash.xxh3_64(fields)
+    for place, piece in _in_chunks(slot, pieces):
+        np.copyto(piece, place)
+        checksum.update(place.data)
     # A writer clears the header first: where one has come between, it shows.
-    return slot[:HEADER_BYTES].tobytes() == header
+    return _ends(header, checksum) and slot[:HEADER_BYTES].tobytes() == header
 
 
 def holds_part(slot: Bytes, expected: PartName, num_bytes: int) -> bool:
     """Whether the slot begins with the expected part, with an undamaged payload of ``num_bytes``."""
-    return _is_header_of(slot[:HEADER_BYTES].tobytes(), slot, expected, num_bytes)
-
-
-def _is_header_of(header: bytes, slot: Bytes, expected: PartName, num_bytes: int) -> bool:
-    end = HEADER_BYTES + num_bytes
-    fields = _fields(expected, num_bytes)
-    if len(slot) < end or header[: _FIELDS.size] != fields:
+    header, fields = slot[:HEADER_BYTES].tobytes(), _fields(expected, num_bytes)
+    if not _begins(header, fields, slot, num_bytes):
         return False
     checksum = xxhash.xxh3_64(fields)
-    checksum.update(slot[HEADER_BYTES:end].data)
+    checksum.update(slot[HEADER_BYTES : HEADER_BYTES + num_bytes].data)
+    return _ends(header, checksum)
+
+
+def _begins(header: bytes, fields: bytes, slot: Bytes, num_bytes: int) -> bool:
+    return len(slot) >= HEADER_BYTES + num_bytes and header[: _FIELDS.size] == fields
+
+
+def _ends(header: bytes, checksum: xxhash.xxh3_64) -> bool:
     return header[_FIELDS.size :] == _CHECKSUM.pack(checksum.intdigest())
+
+
+def _in_chunks(slot: Bytes, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Piece]]:
+    """Each piece beside its place in the slot; large ones bit by bit, so that what was copied is still in the
+    processor's cache when its checksum is taken."""
+    start = HEADER_BYTES
+    for piece in pieces:
+        place = slot[start : start + piece.nbytes]
+        start += piece.nbytes
+        if piece.nbytes <= _CHUNK_BYTES or not piece.flags.c_contiguous:
+            yield place.view(piece.dtype).reshape(piece.shape), piece
+            continue
+        flat = piece.reshape(-1).view(np.uint8)
+        for at in range(0, len(flat), _CHUNK_BYTES):
+            yield place[at : at + _CHUNK_BYTES], flat[at : at + _CHUNK_BYTES]
 
 
 def _fields(name: PartName, num_bytes: int) -> bytes:
@@ -103,7 +120,3 @@ def _fields(name: PartName, num_bytes: int) -> bytes:
 
 def _num_bytes(pieces: Sequence[Piece]) -> int:
     return sum(piece.nbytes for piece in pieces)
-
-
-def _like(place: Bytes, piece: Piece) -> Piece:
-    return place.view(piece.dtype).reshape(piece.shape)

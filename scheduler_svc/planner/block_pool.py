@@ -24,8 +24,8 @@ class CacheShare:
 class BlockPool:
     """Blocks with reference counts, frees that wait behind a fence, and a cache of what unreferenced blocks hold.
 
-    A block is *held* (reference count > 0), *fenced* (nobody's, but a step in flight or a transfer still reads or writes
-    it) or *free* (may be allocated). A block with a hash can be found by it and held again as long as it is not
+    A block is *held* (reference count > 0), *fenced* (nobody's, but a step in flight or a transfer still reads or
+    writes it) or *free* (may be allocated). A block with a hash can be found by it and held again as long as it is not
     allocated anew, fenced or not; free blocks without a hash go first, then those least recently given back.
 
     What can be found is remembered with its tokens, 0.3 KiB a block, whether or not anybody follows the cache: whoever

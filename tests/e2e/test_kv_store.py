@@ -93,7 +93,7 @@ async def test_a_rank_and_the_store_die_while_sequences_are_swapped(tmp_path: Pa
     with contextlib.ExitStack() as stack:
         store = stack.enter_context(kv_store(tmp_path / "kv", arena_gib=64 / 1024))
         served = stack.enter_context(serve(tmp_path, stub_model, store, 2, NUM_BLOCKS, swap="always"))
-        asking = asyncio.create_task(ask(served.target, *long_cases("faults", 24)))
+        asking = asyncio.create_task(ask(served.target, *long_cases("faults", 20)))
         await wait_until(lambda: served.metric("blocks_in_total") > 0, "blocks are swapped in")
         (rank,) = served.group.pids("--rank", "1")
         served.group.send_signal(rank, signal.SIGKILL)
@@ -146,7 +146,7 @@ async def test_a_prefix_outlives_everything_but_redis(tmp_path: Path, stub_model
             await wait_until(lambda: redis.client.dbsize() >= NUM_SHARED // 32, "Redis has it")
         with (
             kv_store(tmp_path / "kv-2", **flags) as store,
-            serve(tmp_path / "two", stub_model, store, 4, swap="always") as served,
+            serve(tmp_path / "two", stub_model, store, 1, swap="always") as served,
         ):
             assert await ask(served.target, fixed_case([*prefix, 10], 9)) == [NUM_SHARED]
             assert served.metric("blocks_in_total") == NUM_SHARED // 32
@@ -157,7 +157,7 @@ async def test_serve_starts_a_store_and_uses_it(tmp_path: Path, stub_model: Path
     run_dir, ready, ports = tmp_path / "r", tmp_path / "ready", fixed_ports(5)
     target = f"127.0.0.1:{ports}"
     argv = ["albireo", "serve", str(stub_model), "--engine", "stub", "--port", str(ports), "--run-dir", str(run_dir)]
-    argv += ["--metrics-port", str(ports + 1), "--ready-file", str(ready), "--kv-store-gib", "0.0625"]
+    argv += ["--metrics-port", str(ports + 1), "--ready-file", str(ready), "--kv-store-gib", "0.06", "--swap", "always"]
     case = fixed_case(random_tokens(random.Random("serve"), 200), 9)
     with process(argv, tmp_path / "serve.log") as served:
         await wait_until(ready.exists, "it serves")

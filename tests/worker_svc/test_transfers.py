@@ -35,9 +35,14 @@ class MemoryArena:
         self.began = threading.Semaphore(0)
         self.is_lost = False
         self.is_there = True
+        self.answers = threading.Event()
+        self.answers.set()
+        self.asked = threading.Event()
         self.num_attached = 0
 
     def attach(self, _lease: KvLease) -> "MemoryArena":
+        self.asked.set()
+        assert self.answers.wait(WAIT_S)
         if not self.is_there:
             raise StoreUnavailable("nobody there")
         self.is_lost = False
@@ -172,6 +177,19 @@ def test_at_the_end_the_copy_under_way_is_waited_for(rank: TransferRank, arena: 
     assert not waiting.is_alive()
     assert rank.results.empty()
     assert not arena.memory[NUM_HEADS * slot_bytes(256) :].any()
+
+
+def test_a_store_that_does_not_answer_delays_no_end(rank: TransferRank, arena: MemoryArena):
+    """And when it does at last, nothing is copied any more."""
+    arena.answers.clear()
+    rank.take(transfers_plan([move(STORE, [0])]))
+    assert arena.asked.wait(WAIT_S)
+    rank.transfers.end()
+    rank.transfers.wait_until_ended()
+    arena.answers.set()
+    (copying,) = (thread for thread in threading.enumerate() if thread.name == "kv-copies")
+    copying.join(WAIT_S)
+    assert (arena.num_attached, arena.memory.any(), rank.results.empty()) == (0, False, True)
 
 
 def test_a_lost_store_fails_transfers_at_once_and_is_found_again(rank: TransferRank, arena: MemoryArena):
