@@ -37,7 +37,7 @@ class Limits:
     depth: int  # plans in flight at most
     max_waiting: int = 4096  # sequences in the queue; more are refused
     caches_prefixes: bool = True  # blocks are shared by sequences of a tenant that begin alike
-    allowances: Allowances = Allowances()  # of tenants
+    allowances: Allowances = field(default_factory=Allowances)  # of tenants
     kv_secret: bytes = field(default=b"", repr=False)  # keys the names of tenants' blocks; empty: nothing does
 
     def __post_init__(self) -> None:

@@ -106,7 +106,8 @@ class Meaning:
 def native_meaning(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Meaning:
     params = request.sampling_params
     which = request.WhichOneof("prompt")
-    prompt, wrong = prompt_of(which, request.text, request.token_ids.ids, "token_ids", tokenizer)
+    num_last = last_tokens(params)
+    prompt, wrong = prompt_of(which, request.text, request.token_ids.ids, "token_ids", tokenizer, num_last)
     meaning = Meaning(
         prompt=prompt,
         params=params,
@@ -126,7 +127,9 @@ def native_meaning(request: pb.GenerateRequest, tokenizer: Tokenizer) -> Meaning
 def engine_meaning(request: Any, tokenizer: Tokenizer) -> Meaning:
     params = request.sampling_params
     which = request.WhichOneof("input")
-    prompt, wrong = prompt_of(which, request.text, request.tokenized.input_ids, "input_ids", tokenizer)
+    num_last = last_tokens(params)
+    num_last = CONTEXT - 1 if num_last == -1 else num_last
+    prompt, wrong = prompt_of(which, request.text, request.tokenized.input_ids, "input_ids", tokenizer, num_last)
     meaning = Meaning(
         prompt=prompt,
         params=params,
@@ -171,15 +174,23 @@ def is_word(ids: list[int]) -> bool:
     return 1 <= len(ids) <= 64 and all(0 <= token < VOCAB_SIZE for token in ids)
 
 
+def last_tokens(params: Any) -> int | None:
+    """So many of the prompt's last tokens count; None: all."""
+    return params.truncate_prompt_tokens if params.HasField("truncate_prompt_tokens") else None
+
+
 def prompt_of(
-    which: str | None, text: str, ids: Iterable[int], ids_field: str, tokenizer: Tokenizer
+    which: str | None, text: str, ids: Iterable[int], ids_field: str, tokenizer: Tokenizer, num_last: int | None
 ) -> tuple[list[int], set[str]]:
-    """The prompt's tokens and, when it is wrong, the field's name."""
+    """The prompt's tokens and, when something is wrong with them, the field's name."""
+    if num_last is not None and num_last < 1:
+        return [], {"truncate_prompt_tokens"}
     if which is None:
         return [], {"prompt"}
     if which == "text" and len(text) > 64 * CONTEXT:
         return [], {"text"}
     prompt = tokenizer.encode(text).ids if which == "text" else list(ids)
+    prompt = prompt if num_last is None else prompt[-num_last:]
     is_right = 1 <= len(prompt) < CONTEXT and all(0 <= token < VOCAB_SIZE for token in prompt)
     return prompt, set() if is_right else {"text" if which == "text" else ids_field}
 
@@ -199,6 +210,7 @@ def wrong_fields(meaning: Meaning, top_p: float, request_id: str) -> set[str]:
         "logit_bias": len(params.logit_bias) > 1024
         or not all(0 <= one < VOCAB_SIZE and math.isfinite(bias) for one, bias in params.logit_bias.items()),
         "logprobs": not 0 <= params.logprobs <= 20,
+        "prompt_logprobs": not 0 <= params.prompt_logprobs <= 20,
         "max_tokens": params.HasField("max_tokens") and params.max_tokens == 0,
         "min_tokens": params.HasField("max_tokens") and params.min_tokens > params.max_tokens,
         "stop": len(params.stop) > 64 or any(not 1 <= len(stop) <= 1024 for stop in params.stop),
@@ -219,6 +231,7 @@ _SERVED = {"request_id", "tokenized", "text", "sampling_params", "stream"}
 _SERVED_SAMPLING = {"temperature", "top_p", "top_k", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids"}
 _SERVED_SAMPLING |= {"ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "n"}
 _SERVED_SAMPLING |= {"min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "logprobs"}
+_SERVED_SAMPLING |= {"prompt_logprobs", "truncate_prompt_tokens"}
 _SERVED_SAMPLING |= {"spaces_between_special_tokens"}  # asks for nothing: answers are token ids
 
 
@@ -308,18 +321,30 @@ def check_tokens(got: Completion, truth: list[int], meaning: Meaning) -> None:
 
 
 def check_other(method: MethodDescriptor, outcome: Outcome, request: Any) -> None:
-    """Of any other call: an answer, or a refusal that names the call, or the labels of an Abort."""
-    labels = getattr(request, "request_ids", ()) if method.name == "Abort" else ()
-    labels_are_wrong = len(labels) > 10_000 or any(len(label) > 256 for label in labels)
+    """Of any other call: an answer, or a refusal that names the call, or the field that is wrong."""
+    wrong = wrong_in_others(method, request)
     if outcome.code is UNSERVED:
         assert method.name in outcome.details, outcome
     elif outcome.code is INVALID:
-        assert labels_are_wrong, outcome
-        assert "request_ids" in outcome.details
+        assert names_one_of(wrong, outcome.details), (outcome, wrong)
     elif outcome.code is not EXHAUSTED:
-        assert outcome.code is OK, outcome
-        assert not labels_are_wrong, outcome
-        assert len(outcome.responses) == 1
+        assert outcome.code in (OK, None), outcome
+        assert not wrong, outcome
+        assert method.name in _STREAMS or len(outcome.responses) == 1
+        assert outcome.responses
+
+
+_STREAMS = {"GetTokenizer", "SubscribeKvEvents"}
+
+
+def wrong_in_others(method: MethodDescriptor, request: Any) -> set[str]:
+    """Fields whose values cannot be served."""
+    if method.name == "Abort":
+        labels = request.request_ids
+        return {"request_ids"} if len(labels) > 10_000 or any(len(label) > 256 for label in labels) else set()
+    if method.name == "FlushCache":
+        return set() if 0 <= request.timeout_s < math.inf else {"timeout_s"}
+    return set()
 
 
 def read_native(responses: list[pb.GenerateResponse]) -> dict[int, Completion]:
@@ -410,7 +435,7 @@ class Server:
                 responses.append(response_class.FromString(response))
                 num_tokens += len(getattr(responses[-1], "token_ids", ()))
                 num_tokens += len(responses[-1].chunk.token_ids) if hasattr(responses[-1], "chunk") else 0
-                if num_tokens > MAX_TOKENS_READ:
+                if num_tokens > MAX_TOKENS_READ or method.name == "SubscribeKvEvents":  # which never ends
                     call.cancel()
                     return Outcome(None, "", responses)
         except grpc.RpcError as error:
@@ -512,7 +537,11 @@ def base_requests(method: MethodDescriptor) -> st.SearchStrategy[Message]:
 
 
 def with_little_work(request: Any) -> Any:
-    """Many completions are short ones."""
+    """Many completions are short ones, and nobody waits long for a quiet moment."""
+    if hasattr(request, "timeout_s"):
+        request.timeout_s = 0.1 if 0.1 < request.timeout_s < math.inf else request.timeout_s
+    if not hasattr(request, "sampling_params"):
+        return request
     params = request.sampling_params
     if 4 < params.n <= 128 and not (params.HasField("max_tokens") and params.max_tokens <= 8):
         params.max_tokens = 8
@@ -524,17 +553,19 @@ def requests(method: MethodDescriptor) -> st.SearchStrategy[Message]:
     """Of an RPC: valid but for a few fields, or set at random throughout."""
     base = base_requests(method)
     every = weighted((8, mutated(base)), (2, mutated(base, max_fields=12)), (1, any_message(request_class(method))))
-    return every.map(with_little_work) if method in (NATIVE_GENERATE, ENGINE_GENERATE) else every
+    return every.map(with_little_work)
 
 
 def costs_much(method: MethodDescriptor, data: bytes) -> bool:
     """Whether broken bytes happen to ask for more than a deadline allows, in an answer that cannot be cut off."""
-    if method != ENGINE_GENERATE:
+    if method != ENGINE_GENERATE and method.name != "FlushCache":
         return False
     try:
-        request: Any = vllm.GenerateRequest.FromString(data)
+        request: Any = request_class(method).FromString(data)
     except DecodeError:
         return False
+    if method.name == "FlushCache":
+        return 0.1 < request.timeout_s < math.inf
     params = request.sampling_params
     return not request.stream and params.n > 4 and not (params.HasField("max_tokens") and params.max_tokens <= 64)
 
