@@ -98,6 +98,7 @@ class RankExposure:
         step_us: mean period.
         idle_fraction: of the time from the first start to the last end, what the gaps take.
         non_scalable_fraction: of the same time, what the gaps, T4 and exposed KV transfers take: everything but T3.
+        periods: of the steps whose gap is known.
         gaps: before each step; most are 0 where all is hidden.
         launch_delay: from a plan's arrival to its launch; with plans in flight this contains the wait for the device.
         collective_us: mean per step; a part of T3.
@@ -109,6 +110,7 @@ class RankExposure:
     step_us: float
     idle_fraction: float
     non_scalable_fraction: float
+    periods: Spread
     gaps: Spread
     launch_delay: Spread
     collective_us: float
@@ -246,6 +248,7 @@ def _analyse_rank(page: Page, shared: Mapping[str, Sequence[Interval]], prepares
         step_us=float(periods.mean()) / 1e3,
         idle_fraction=float(gaps.sum()) / elapsed,
         non_scalable_fraction=min(1.0, float(not_scaling.sum()) / elapsed),
+        periods=_spread(periods[follows]),
         gaps=_spread(gaps[follows]),
         launch_delay=_spread(page["launched_at_ns"] - page["received_at_ns"]),
         collective_us=float(page["collective_ns"].mean()) / 1e3,

@@ -105,11 +105,17 @@ def _parse_line(words: list[str]) -> tuple[Caller, str]:
         raise ValueError(f"name {name[:_MAX_NAME_CHARS]!r}: printable ASCII characters, {_MAX_NAME_CHARS} at most")
     if role not in {each.value for each in Role}:
         raise ValueError(f"role {role!r}: one of {', '.join(each.value for each in Role)}")
-    if token != _CERTIFICATE_ONLY and len(token) < MIN_TOKEN_CHARS:
-        raise ValueError(f"a token of {len(token)} characters; at least {MIN_TOKEN_CHARS}")
-    if token != _CERTIFICATE_ONLY and not _TOKEN.fullmatch(token):
-        raise ValueError("a token with other characters than letters, digits and -._~+/=")
+    if token != _CERTIFICATE_ONLY:
+        check_token(token)
     return Caller(name, Role(role)), token
+
+
+def check_token(token: str) -> None:
+    """Raises ValueError, which does not show it, for one that is easy to guess or does not fit a header."""
+    if len(token) < MIN_TOKEN_CHARS:
+        raise ValueError(f"a token of {len(token)} characters; at least {MIN_TOKEN_CHARS}")
+    if not _TOKEN.fullmatch(token):
+        raise ValueError("a token with other characters than letters, digits and -._~+/=")
 
 
 def check_same_user(connection: socket.socket) -> None:

@@ -126,5 +126,5 @@ def _socket_path(run_dir: Path) -> Path:
     path = run_dir / _SOCKET
     if len(str(path)) > _MAX_SOCKET_PATH:
         raise ConfigError(f"--run-dir {run_dir}: {path} is longer than {_MAX_SOCKET_PATH} bytes, a socket's limit")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path

@@ -6,6 +6,7 @@ Redis is storage that anybody may have written to: what comes back is checked be
 import asyncio
 import hashlib
 import hmac
+import ssl
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -36,9 +37,7 @@ def connect(flags: RedisFlags) -> Client:
     options: dict[str, Any] = {"socket_timeout": flags.redis_timeout, "socket_connect_timeout": flags.redis_timeout}
     if flags.redis_password_file:
         options["password"] = _read(flags.redis_password_file, "--redis-password-file").decode().strip()
-    if urlsplit(flags.redis).scheme == "rediss":
-        files = {"ssl_ca_certs": flags.redis_ca, "ssl_certfile": flags.redis_cert, "ssl_keyfile": flags.redis_key}
-        options |= {name: file for name, file in files.items() if file}
+    options |= _tls_options(flags)
     # Once, for connections that Redis has closed meanwhile; what is slow is a miss now, not a hit later.
     retry = Retry(NoBackoff(), 1, (RedisConnectionError,))
     try:
@@ -47,6 +46,27 @@ def connect(flags: RedisFlags) -> Client:
         return Redis.from_url(flags.redis, max_connections=flags.redis_connections, retry=retry, **options)
     except (ValueError, RedisError) as error:
         raise ConfigError(f"--redis: {error}") from error
+
+
+def _tls_options(flags: RedisFlags) -> dict[str, str]:
+    """redis-py's. Raises ConfigError for files that cannot be used."""
+    names = {"redis_ca": "ssl_ca_certs", "redis_cert": "ssl_certfile", "redis_key": "ssl_keyfile"}
+    files = {name: file for name in names if (file := getattr(flags, name))}
+    for name, file in files.items():
+        flag = f"--{name.replace('_', '-')}"
+        if urlsplit(flags.redis).scheme != "rediss":
+            raise ConfigError(f"{flag} {file}: only a rediss:// URL of --redis uses it")
+        _read(file, flag)
+    if bool(flags.redis_cert) != bool(flags.redis_key):
+        raise ConfigError("--redis-cert and --redis-key: one without the other; they go together")
+    try:
+        context = ssl.create_default_context(cafile=flags.redis_ca or None)
+        if flags.redis_cert:
+            context.load_cert_chain(flags.redis_cert, flags.redis_key)
+    except ssl.SSLError as error:
+        shown = ", ".join(files.values())
+        raise ConfigError(f"{shown}: not certificates and a key in PEM format ({error.reason})") from error
+    return {names[name]: file for name, file in files.items()}
 
 
 def load_mac_key(flags: RedisFlags) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import signal
 import subprocess
 import time
@@ -14,11 +15,11 @@ import numpy as np
 from redis import Redis, RedisError
 
 from albireo.arrays import UInt64Array
-from albireo.kv.arena import Arena, PartCopy
+from albireo.kv.arena import Arena, LocalArena, PartCopy
 from albireo.kv.chain import anchors_of
 from albireo.kv.fingerprint import Namespace
 from albireo.kv.part import Bytes, PartName
-from albireo.kv.session import KvSession, open_session
+from albireo.kv.session import Acquired, KvSession, open_session
 from albireo.rpc import make_channel
 from albireo.v1 import kvstore_pb2 as pb
 from albireo.v1 import kvstore_pb2_grpc as rpc
@@ -26,6 +27,7 @@ from services import Service, fixed_ports, free_port, process, wait_until_servin
 
 NAMESPACE = Namespace(b"f" * 32, num_parts=2, part_bytes=4096)
 MIB = 1 << 20
+_EPOCHS = itertools.count(1)
 
 
 def chain(letter: str, num: int) -> list[bytes]:
@@ -139,6 +141,47 @@ async def until_idle(store: Service) -> pb.KvStats:
 
     await until(is_idle, "somebody still holds something")
     return await stats_of(store)
+
+
+@dataclass
+class Planner:
+    """A planner with one rank."""
+
+    store: Service
+    session: KvSession
+    arena: LocalArena
+
+    async def put(self, hashes: list[bytes], **more: bool) -> None:
+        self.session.release(await put(self.session, self.arena, hashes, **more))
+
+    async def acquire(self, hashes: list[bytes], wait_s: float = 5.0) -> Acquired:
+        return await self.session.acquire(hashes, anchors_of(hashes), "t", wait_s=wait_s)
+
+    async def use(self, hashes: list[bytes], wait_s: float = 5.0) -> int:
+        """How many blocks come, whole."""
+        acquired = await self.acquire(hashes, wait_s)
+        assert all(read_blocks(self.arena, hashes[: acquired.num_blocks], acquired.offsets))
+        self.session.release(acquired.hold)
+        return acquired.num_blocks
+
+    async def num_remote(self, hashes: list[bytes]) -> int:
+        return (await self.session.lookup(hashes, anchors_of(hashes), asks_redis=True)).num_remote
+
+
+@contextlib.asynccontextmanager
+async def planner(store: Service) -> AsyncIterator[Planner]:
+    """Of an empty store with Redis; nobody holds anything after it."""
+
+    async def has_worker() -> bool:
+        return (await stats_of(store)).num_redis_workers == 1
+
+    await until(has_worker, "no Redis worker")
+    await flush(store)
+    async with kv_session(store, epoch=next(_EPOCHS)) as session:
+        arena = LocalArena.attach(session.lease)
+        yield Planner(store, session, arena)
+        arena.close()
+    await until_idle(store)
 
 
 @dataclass(frozen=True)

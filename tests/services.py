@@ -8,16 +8,15 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from prometheus_client.parser import text_string_to_metric_families
 
 from albireo.cli.processes import command_line, descendants
+from albireo.cli.scrape import read_metrics  # noqa: F401  # a part of this module for those who use it
 
 START_TIMEOUT_S = 120.0
 # gRPC's own first reconnect comes after a second.
@@ -107,13 +106,6 @@ class Service:
             signal.pidfd_send_signal(file, number)
         finally:
             os.close(file)
-
-
-def read_metrics(port: int) -> dict[str, float]:
-    """What a process tells Prometheus, by sample name; samples with labels are left out."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    return {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """``albireo bench``: measures a running server through its own API, or this machine: the services on it (`bench_host`),
 what each client API costs them (`bench_api`), its kernels (`bench_kernels`), its sampling schemes (`bench_sampling`),
-its KV store (`bench_kv`), and how near a server comes to what the machine can do (`bench_roofline`)."""
+its KV store (`bench_kv`, `bench_swap`), and how near a server comes to what the machine can do (`bench_roofline`)."""
 
 import argparse
 import asyncio
@@ -10,7 +10,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from albireo.cli import bench_api, bench_host, bench_kernels, bench_kv, bench_roofline, bench_sampling, client
+from albireo.cli import (
+    bench_api,
+    bench_host,
+    bench_kernels,
+    bench_kv,
+    bench_roofline,
+    bench_sampling,
+    bench_swap,
+    client,
+)
 from albireo.cli.bench_load import SAMPLING, Workload, run_load
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
@@ -42,6 +51,8 @@ def run(argv: Sequence[str]) -> int:
     commands.add_parser("sampling", help="ways to share out sampling among ranks, on this machine's cores")
     kv = commands.add_parser("kv", help="parts to and from a KV store of its own, against plain copies")
     bench_kv.add_flags(kv)
+    swap = commands.add_parser("swap", help="what KV blocks on their way cost the steps, and when moving them pays")
+    bench_swap.add_flags(swap)
     roofline = commands.add_parser("roofline", help="decode steps of a server against the same")
     bench_roofline.add_flags(roofline)
     args = parser.parse_args(argv)
@@ -51,6 +62,8 @@ def run(argv: Sequence[str]) -> int:
         return bench_api.run(api, args)
     if args.command == "kv":
         return bench_kv.run(kv, args)
+    if args.command == "swap":
+        return bench_swap.run(swap, args)
     if args.command == "roofline":
         return bench_roofline.run(roofline, args)
     if args.reps < 1:

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import os
 import platform
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,7 +15,7 @@ from typing import Any
 
 import albireo
 from albireo.cli.host_services import PROMPT_TOKENS, Services, Setting
-from albireo.cli.host_window import Figures, measure, warm_up
+from albireo.cli.host_window import Figures, measure, medians, warm_up
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import Bar, counting_bar
 from albireo.cli.run_dir import open_run_dir
@@ -171,16 +170,6 @@ async def _run(setting: Setting, num_steps: int, reps: int, bar: Bar) -> list[Fi
         except AlbireoError:
             run_dir.keep = True
             raise
-
-
-def medians(runs: Sequence[Figures]) -> Figures:
-    """Value by value; runs have the same keys."""
-    return {
-        name: medians([run[name] for run in runs])
-        if isinstance(value, dict)
-        else statistics.median(run[name] for run in runs)
-        for name, value in runs[0].items()
-    }
 
 
 def table(report: dict[str, Any]) -> str:

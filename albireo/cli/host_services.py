@@ -1,4 +1,4 @@
-"""The services that `albireo bench host` and `bench api` measure: started for one setting, watched, and ended."""
+"""The services that `albireo bench host`, `api` and `swap` measure: started for one setting, watched, and ended."""
 
 import asyncio
 import json
@@ -21,6 +21,8 @@ _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 10.0
 _REPORT_TIMEOUT_S = 20.0  # clients are niced, and may have half a million latencies to sort
 _BLOCK_SIZE = 32
+_STORE, _ARENA = "kv-store", "kv-arena"  # the store makes the latter's socket
+_ARENA_GIB = 4.0  # used as it fills
 _MIN_BATCHED_TOKENS = 4096
 _CLIENT_NICE = 10
 # Front ends limit the age of connections to half of it: within a window none is to be replaced.
@@ -32,12 +34,17 @@ class Setting:
     """What is measured.
 
     Attributes:
-        batch: sequences that run all the time; their outputs have so many tokens, so that about one ends per step.
+        batch: sequences that run all the time.
+        prompt_tokens, output_tokens: of each; 0: outputs have as many as there are sequences, so that about one ends
+            per step.
+        kv_cache_gib: of each rank; 0: what all sequences need.
         step_ms: how long the stub's clock makes a step; 0 with another engine, or where a device is modelled.
         clients: "internal" (a front end that only counts), "grpc" (real front ends, and clients that stream) or "none"
             (real front ends, and whoever starts them has clients of its own).
         port: of the front ends, beside a socket each; 0: none.
         http_port: of a gateway before that port; 0: none.
+        metrics_port: of the planner; 0: none.
+        swap: with a KV store, which is used like this; empty: there is none.
         frontend_nice: of real front ends. Clients are niced by 10: they stand in for other machines.
     """
 
@@ -54,6 +61,15 @@ class Setting:
     frontend_nice: int = 0
     port: int = 0
     http_port: int = 0
+    metrics_port: int = 0
+    prompt_tokens: int = PROMPT_TOKENS
+    output_tokens: int = 0
+    kv_cache_gib: float = 0.0
+    swap: str = ""
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.output_tokens or self.batch
 
 
 class Services:
@@ -174,7 +190,9 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
     clients = [child("gateway", _gateway_argv(setting))] if setting.http_port else []
     if setting.clients != "none":
         clients.append(child("load", _load_argv(setting, path), 0 if setting.clients == "internal" else _CLIENT_NICE))
+    store = {"kv_store": _socket(path, _STORE), "swap": setting.swap} if setting.swap else {}
     return [
+        *([[child("kvstore", _store_argv(path))]] if setting.swap else []),
         [child("worker", _worker_argv(setting, path, group_dir))],
         [
             child(
@@ -185,6 +203,8 @@ def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[li
                     planner=planner,
                     depth=setting.depth,
                     max_waiting=max(4096, 2 * setting.batch),
+                    metrics_port=setting.metrics_port,
+                    **store,
                 ),
             )
         ],
@@ -218,8 +238,10 @@ def _worker_argv(setting: Setting, path: Path, group_dir: Path) -> list[str]:
         "run_dir": group_dir,
         "max_num_seqs": setting.batch,
         # A prompt and an output, and what is sampled past its end.
-        "max_model_len": -(-(PROMPT_TOKENS + setting.batch + 8) // _BLOCK_SIZE) * _BLOCK_SIZE,
+        "max_model_len": -(-(setting.prompt_tokens + setting.num_output_tokens + 8) // _BLOCK_SIZE) * _BLOCK_SIZE,
+        "kv_cache_gib": setting.kv_cache_gib,
     }
+    flags |= {"kv_store": _socket(path, _ARENA)} if setting.swap else {}
     if setting.engine == "stub":
         flags |= {"stub_mode": "clock", "max_num_batched_tokens": max(_MIN_BATCHED_TOKENS, 2 * setting.batch)}
         flags |= {"stub_step_ms": setting.step_ms} if setting.step_ms else {}
@@ -227,6 +249,11 @@ def _worker_argv(setting: Setting, path: Path, group_dir: Path) -> list[str]:
         flags |= {"stub_model": setting.stub_model} if setting.stub_model else {}
     eager = ["--eager"] if setting.engine == "eager" else []
     return [*python_module("worker_svc"), *_flags(**flags), *eager]
+
+
+def _store_argv(path: Path) -> list[str]:
+    flags = _flags(listen=_socket(path, _STORE), run_dir=path, arena_gib=_ARENA_GIB)
+    return [*python_module("kvstore_svc"), *flags]
 
 
 def _gateway_argv(setting: Setting) -> list[str]:
@@ -243,8 +270,8 @@ def _load_argv(setting: Setting, path: Path) -> list[str]:
         "load",
         **where,
         streams=setting.batch,
-        prompt_tokens=PROMPT_TOKENS,
-        output_tokens=setting.batch,
+        prompt_tokens=setting.prompt_tokens,
+        output_tokens=setting.num_output_tokens,
         report=_report_file(path),
     )
 

@@ -1,6 +1,7 @@
 """One window of `albireo bench host`: a stretch of time whose steps, CPU time and clients' latencies are taken."""
 
 import asyncio
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -97,6 +98,8 @@ def figures(
     return {
         "num_steps": worst.num_steps,
         "step_ms": worst.step_us / 1e3,
+        "step_p50_ms": worst.periods.p50_us / 1e3,
+        "step_p99_ms": worst.periods.p99_us / 1e3,
         "rows_per_step": float(planner["num_rows"].mean()),
         "idle_fraction": worst.idle_fraction,
         **{f"gap_{name}": value for name, value in asdict(worst.gaps).items()},
@@ -111,6 +114,16 @@ def figures(
         "launch_delay_p99_us": max(rank.launch_delay.p99_us for rank in ranks),
         "tasks": _tasks(worst),
         **_latencies(seen),
+    }
+
+
+def medians(runs: Sequence[Figures]) -> Figures:
+    """Value by value; runs have the same keys."""
+    return {
+        name: medians([run[name] for run in runs])
+        if isinstance(value, dict)
+        else statistics.median(run[name] for run in runs)
+        for name, value in runs[0].items()
     }
 
 

@@ -1,6 +1,7 @@
 """Ports that a server is to listen on, and how this machine reaches them."""
 
 import errno
+import ipaddress
 import socket
 
 from albireo.errors import ConfigError
@@ -31,6 +32,12 @@ def check_port(host: str, port: int, port_flag: str, host_flag: str = "--host") 
         if each.errno == errno.EADDRINUSE or not bound:
             raise ConfigError(f"{port_flag} {port}: cannot listen at {host}:{port}: {each.strerror}") from each
     return bound[0]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches what listens at ``host``, which `check_port` has let through."""
+    addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    return all(ipaddress.ip_address(where[0]).is_loopback for *_, where in addresses)
 
 
 def address(host: str, port: int) -> str:

@@ -45,7 +45,8 @@ class ServeConfig(KvFlags, TenantFlags, SecurityFlags, TracingFlags):
     host: str = flag("127.0.0.1", "address that clients connect to")
     port: int = flag(50051, "port that clients connect to; 0 picks a free one")
     http: int | None = flag(None, "port of OpenAI's HTTP API (extra 'gateway'); 0 picks a free one; absent: no HTTP")
-    http_host: str = flag("127.0.0.1", "address that HTTP clients connect to")
+    http_host: str = flag("127.0.0.1", "address that HTTP clients connect to; beyond loopback only with a key")
+    http_api_key_file: str = flag("", "key that HTTP clients must send as a bearer token; empty: none")
     frontends: int = flag(1, "front-end processes, all on the one port")
     depth: int = flag(2, "steps planned ahead of the device")
     engine: str = flag("torch", "what runs the model; stub models a device and runs none", ("torch", "stub"))
@@ -137,6 +138,8 @@ def check_config(config: ServeConfig) -> ServeConfig:
 def _check_http(config: ServeConfig, port: int) -> int | None:
     """The port of the HTTP API, None without one; ``port`` is that of gRPC."""
     if config.http is None:
+        if config.http_api_key_file:
+            raise ConfigError(f"--http-api-key-file {config.http_api_key_file}: without --http nobody asks for the key")
         return None
     gateway.check_installed()
     for name in ("tls_cert", "auth_token_file"):
@@ -145,6 +148,7 @@ def _check_http(config: ServeConfig, port: int) -> int | None:
     http = ports.check_port(config.http_host, config.http, "--http", "--http-host")
     if http == port:
         raise ConfigError(f"--http {http}: gRPC clients connect to this port; HTTP needs one of its own")
+    gateway.check_access(config.http_host, config.http_api_key_file)
     return http
 
 
@@ -222,18 +226,20 @@ def _kv_store(config: ServeConfig, run_dir: RunDir, env: Mapping[str, str]) -> C
         *python_module("kvstore_svc"),
         *("--listen", f"unix:{run_dir.path}/kvstore.sock", "--run-dir", str(run_dir.path)),
         *("--arena-gib", str(config.kv_store_gib), "--segment-mib", str(min(64.0, config.kv_store_gib * 1024))),
-        *(["--redis", config.redis] if config.redis else []),
         *to_argv(config, "log_level", *SECURITY_FLAGS),
         *(["--metrics-port", str(_store_metrics_port(config, config.http))] if config.metrics_port else []),
     ]
+    # The URL may hold a password: not for a command line.
+    redis = {"ALBIREO_REDIS": config.redis} if config.redis else {}
     # It need not be there for requests to be served, and what it holds is lost with it.
-    return Child("kvstore", argv, run_dir.logs / "kvstore.log", env, roll=Roll.KEEP)
+    return Child("kvstore", argv, run_dir.logs / "kvstore.log", {**env, **redis}, roll=Roll.KEEP)
 
 
 def _gateway(config: ServeConfig, run_dir: RunDir, env: Mapping[str, str]) -> Child:
     argv = [
         *python_module("albireo.cli.gateway"),
         *("--target", client_target(config), "--host", config.http_host, "--port", str(config.http)),
+        *(["--http-api-key-file", config.http_api_key_file] if config.http_api_key_file else []),
         *to_argv(config, "recovery_timeout", "drain_timeout", "log_level"),
         *(["--metrics-port", str(_gateway_metrics_port(config))] if config.metrics_port else []),
     ]
@@ -257,7 +263,8 @@ async def _serve(config: ServeConfig, run_dir: RunDir) -> int:
         for frontend in frontends:
             await ready.wait_until_serving(frontend)
         if config.http is not None:
-            await gateway.wait_until_ready(ports.reachable(config.http_host), config.http)
+            api_key = gateway.load_api_key(config.http_api_key_file)
+            await gateway.wait_until_ready(ports.reachable(config.http_host), config.http, api_key)
         print(ready_message(config, info, run_dir), flush=True)
         if config.first_prompt:
             await _show_completion(frontends[0], config.first_prompt)
@@ -293,7 +300,8 @@ def ready_message(config: ServeConfig, info: plan_pb2.GroupInfo, run_dir: RunDir
         query += f" --target {shlex.quote(target)}"
     http = ""
     if config.http is not None:
-        http = f"  HTTP:  {gateway.example(config.served_model_name, config.http_host, config.http)}\n"
+        command = gateway.example(config.served_model_name, config.http_host, config.http, config.http_api_key_file)
+        http = f"  HTTP:  {command}\n"
     device = "modelled" if info.engine == "stub" else f"{info.device} {info.dtype}"
     return (
         f"{config.served_model_name} is served at {target} ({info.engine}, {device}, TP {info.tp_size}); "

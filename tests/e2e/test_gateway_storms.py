@@ -1,14 +1,19 @@
-"""HTTP clients that go away, and a scheduler that is replaced beneath them, on the stub engine."""
+"""HTTP clients without the key, clients that go away, and a scheduler that is replaced beneath them, on the stub engine."""
 
 import asyncio
 import contextlib
+import http.client
+import json
+import re
 import signal
+import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from http_server import HttpServer, http_server, posted
+from albireo.cli.processes import command_line, descendants
+from http_server import HttpServer, authorization, http_server, posted
 from load import EMPTY, wait_for_metrics, wait_until
 from services import read_metrics
 
@@ -18,13 +23,53 @@ NUM_CLIENTS = 64
 STUB = ("--engine", "stub", "--tp", "2", "--stub-step-ms", "20", "--max-num-seqs", "48", "--served-model-name", "demo")
 NUM_TOKENS = 450
 LONG = {"model": "demo", "max_tokens": NUM_TOKENS, "ignore_eos": True}
+KEY = "the-key-of-http-clients-0123"
+GUARDED = [
+    *(("GET", path) for path in ("/get_loads", "/workers", "/wasm", "/v1/tokenizers", "/v1/responses/x")),
+    *(("POST", path) for path in ("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/v1/responses")),
+    *(("POST", path) for path in ("/generate", "/v1/messages", "/v1/rerank", "/v1/tokenize", "/v1/conversations")),
+    *(("POST", path) for path in ("/flush_cache", "/workers", "/v1/tokenizers", "/wasm", "/parse/reasoning")),
+    *(("POST", path) for path in ("/start_profile", "/stop_profile", "/heap_profile")),
+    *(("DELETE", path) for path in ("/workers/x", "/v1/tokenizers/x", "/wasm/x")),
+    ("PUT", "/workers/x"),
+]
 CANARY = {"max_tokens": 20, "temperature": 0, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, stub_model: Path) -> Iterator[HttpServer]:
-    with http_server(tmp_path_factory.mktemp("h"), str(stub_model), *STUB) as served:
+    with http_server(tmp_path_factory.mktemp("h"), str(stub_model), *STUB, key=KEY) as served:
         yield served
+
+
+def status_of(port: int, method: str, path: str, key: str) -> int:
+    headers = {"content-type": "application/json", **authorization(key)}
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=30)) as connection:
+        connection.request(method, path, None if method == "GET" else "{}", headers)
+        return connection.getresponse().status
+
+
+def test_nobody_gets_in_without_the_key(server: HttpServer):
+    """But to health and the model's name."""
+    for method, path in GUARDED:
+        for wrong in ("", KEY[:-1]):
+            assert status_of(server.port, method, path, wrong) == 401, path
+        assert status_of(server.port, method, path, KEY) != 401, path
+    for path in ("/liveness", "/readiness", "/health", "/v1/models"):
+        assert status_of(server.port, "GET", path, "") == 200, path
+
+
+def test_the_ready_message_shows_how_to_send_the_key(server: HttpServer):
+    command = re.search(r"HTTP: +(curl .*)", server.log.read_text())
+    assert command is not None
+    answer = subprocess.run(["bash", "-c", f"{command[1]} --silent"], capture_output=True, timeout=60, check=True)
+    assert json.loads(answer.stdout)["usage"]["completion_tokens"] > 0
+
+
+def test_the_key_is_on_no_command_line(server: HttpServer):
+    lines = [" ".join(command_line(pid)) for pid in descendants(server.service.process.pid)]
+    assert any("smg::router" in line for line in lines)
+    assert not any(KEY in line for line in lines)
 
 
 def canary(server: HttpServer) -> str:
@@ -70,7 +115,7 @@ async def cut_short(server: HttpServer) -> AsyncIterator[None]:
 async def stream_a_while(server: HttpServer, index: int) -> None:
     """Leaves after some chunks; every fourth client has asked for two completions."""
     body = {**LONG, "prompt": f"client {index}", "stream": True, "n": 2 if index % 4 == 0 else 1}
-    async with posted(server.port, "/v1/completions", body) as reader:
+    async with posted(server, "/v1/completions", body) as reader:
         for _ in range(1 + index % 12):
             await reader.readuntil(b"data:")
 
@@ -88,7 +133,7 @@ async def test_clients_that_leave_before_their_answer_are_forgotten(server: Http
     async with cut_short(server), contextlib.AsyncExitStack() as clients:
         for index in range(NUM_CLIENTS):
             body = {**LONG, "prompt": f"client {index}"}
-            await clients.enter_async_context(posted(server.port, "/v1/completions", body))
+            await clients.enter_async_context(posted(server, "/v1/completions", body))
         await wait_until(lambda: num_sequences() >= NUM_CLIENTS, "all are there")
 
 

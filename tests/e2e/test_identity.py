@@ -14,19 +14,25 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
+from google.protobuf.message import Message
 from grpc import aio
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from albireo.cli.processes import command_line, descendants, option
+from albireo.errors import StoreUnavailable
+from albireo.kv.arena import Lease, LocalArena
 from albireo.rpc import make_channel
 from albireo.security import Security, SecurityFlags, load_security
 from albireo.v1 import generation_pb2 as pb
-from albireo.v1 import generation_pb2_grpc
+from albireo.v1 import generation_pb2_grpc, kvstore_pb2_grpc
+from albireo.v1 import kvstore_pb2 as kv
 from certificates import LOOPBACK, Authority
+from kv_stores import until
 from load import wait_until
 from services import fixed_ports, process
 
@@ -36,6 +42,7 @@ TOKENS = {name: f"the-token-of-{name}-0123" for name in ("albireo", "gateway", "
 ROLES = {"albireo": "service", "gateway": "trusted"}
 MAX_NUM_SEQS = 4
 NUM_FLOOD = 30
+BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Server:
     directory: Path
     port: int
     authority: Authority
+    store: str  # the KV store's address
 
     @property
     def run_dir(self) -> Path:
@@ -58,8 +66,12 @@ class Server:
     @property
     def sockets(self) -> dict[str, str]:
         """Of gRPC servers, by name."""
-        names = ("group", "planner", "frontend-0")
-        return {name: f"unix:{self.run_dir}/{name}.sock" for name in names}
+        return {name: f"unix:{self.run_dir}/{name}.sock" for name in ("group", "planner", "kvstore", "frontend-0")}
+
+    @property
+    def metrics_ports(self) -> list[int]:
+        """Of planner, group, front end and KV store."""
+        return [self.port + offset for offset in (1, 2, 3, 4)]
 
     def client(self, name: str, authority: Authority | None = None) -> Security:
         """What a client with this token and its certificate shows; an empty name: no token."""
@@ -73,16 +85,26 @@ class Server:
         return next((pid for pid in pids if option(command_line(pid), "--rank") == str(rank)), None)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, stub_model: Path) -> Iterator[Server]:
-    directory = tmp_path_factory.mktemp("identity")
-    authority = Authority(directory, "ours")
-    pair = authority.sign("server", LOOPBACK)
-    tokens, tenants = directory / "tokens", directory / "tenants.toml"
+def security_flags(directory: Path, authority: Authority) -> dict[str, object]:
+    """Of a service with everything turned on."""
+    pair, tokens = authority.sign("server", LOOPBACK), directory / "tokens"
     tokens.write_text("".join(f"{name} {ROLES.get(name, 'tenant')} {token}\n" for name, token in TOKENS.items()))
     tokens.chmod(0o600)
+    files = {"tls-cert": pair.cert, "tls-key": pair.key, "tls-ca": authority.path, "tls-client-ca": authority.path}
+    return {"auth-token-file": tokens, **files}
+
+
+def argv_of(flags: dict[str, object]) -> list[str]:
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+@contextlib.contextmanager
+def serve(directory: Path, model: Path, authority: Authority, kv_store: str = "") -> Iterator[Server]:
+    """``kv_store``: the address of a KV store; empty: one is started as well."""
+    tenants = directory / "tenants.toml"
     tenants.write_text("[noisy]\nmax_waiting = 2\n")
-    ports = fixed_ports(4)
+    ports = fixed_ports(5)
+    store = {"kv-store": kv_store} if kv_store else {"kv-store-gib": 0.1}
     flags = {
         "engine": "stub",
         "tp": 2,
@@ -90,25 +112,27 @@ def server(tmp_path_factory: pytest.TempPathFactory, stub_model: Path) -> Iterat
         "stub-step-ms": 2,
         "port": ports,
         "metrics-port": ports + 1,
+        "swap": "always",
         "run-dir": directory / "run",
         "drain-timeout": 2,
         "first-prompt": "import os",
         "ready-file": directory / "ready",
         "tenants": tenants,
-        "auth-token-file": tokens,
-        "tls-cert": pair.cert,
-        "tls-key": pair.key,
-        "tls-ca": authority.path,
-        "tls-client-ca": authority.path,
+        **store,
+        **security_flags(directory, authority),
     }
-    argv = ["albireo", "serve", str(stub_model)]
-    for name, value in flags.items():
-        argv += [f"--{name}", str(value)]
     log = directory / "serve.log"
-    with process(argv, log) as child:
+    with process(["albireo", "serve", str(model), *argv_of(flags)], log) as child:
         asyncio.run(wait_until(lambda: (directory / "ready").exists() or child.poll() is not None, "it is ready"))
         assert child.poll() is None, log.read_text()
-        yield Server(child, directory, ports, authority)
+        yield Server(child, directory, ports, authority, kv_store or f"unix:{directory}/run/kvstore.sock")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, stub_model: Path) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("identity")
+    with serve(directory, stub_model, Authority(directory, "ours")) as running:
+        yield running
 
 
 def channel_to(target: str, security: Security | None) -> grpc.Channel:
@@ -164,39 +188,51 @@ def listening(pid: int) -> tuple[set[int], set[str]]:
 
 def test_every_socket_on_which_anything_listens_is_known_and_closed_to_other_users(server: Server):
     ports, paths = listening(server.process.pid)
-    assert ports == {server.port, *(server.port + offset for offset in (1, 2, 3))}
-    assert len(paths) >= 5  # three gRPC servers, the relay, a supervisor's
+    assert ports == {server.port, *server.metrics_ports}
+    arena = f"{server.run_dir}/kv-arena.sock"
+    assert paths > {arena, server.store.removeprefix("unix:")}
+    assert len(paths) >= 7  # three more gRPC servers, the relay, a supervisor's
     for path in map(Path, paths):
         closed = [parent for parent in path.parents if not parent.stat().st_mode & 0o077]
         assert closed, f"{path}: other users may reach it"
     for address in server.sockets.values():
         assert Path(address.removeprefix("unix:")).stat().st_mode & 0o777 == 0o600
+    with pytest.raises(StoreUnavailable, match="does not know lease"):
+        LocalArena.attach(Lease(bytes(16), arena, 0, 0))
+
+
+def check_tokens(server: Server, target: str, is_for_clients: bool) -> list[str]:
+    """Who sends none, or a wrong one, or a tenant's where only services get in, is refused; the methods there."""
+    acme = server.client("acme")
+    methods = methods_of(target, acme)
+    with channel_to(target, acme) as channel:
+        for method in methods:
+            wrong = status_of(channel, method, "a-token-that-nobody-has")
+            assert wrong is grpc.StatusCode.UNAUTHENTICATED, (target, method)
+            if not is_for_clients:
+                tenant = status_of(channel, method, TOKENS["acme"])
+                assert tenant is grpc.StatusCode.PERMISSION_DENIED, (target, method)
+            if target != server.target:  # there the certificate is enough
+                assert status_of(channel, method, "") is grpc.StatusCode.UNAUTHENTICATED, (target, method)
+    return methods
+
+
+def check_certificates(server: Server, target: str, methods: list[str]) -> None:
+    """A token is no use to who has no certificate, or one of another authority."""
+    strange = Authority(server.directory, "strange")
+    for stranger in (None, server.client("acme", strange)):
+        with channel_to(target, stranger) as channel:
+            for method in methods:
+                assert status_of(channel, method, TOKENS["albireo"]) is grpc.StatusCode.UNAVAILABLE, method
 
 
 def test_no_method_of_any_server_answers_a_stranger(server: Server):
-    """Without a token, with a wrong one, or with another authority's certificate."""
-    acme = server.client("acme")
-    targets = {"port": server.target, **server.sockets}
     num_methods = 0
-    for name, target in targets.items():
-        is_internal = name in ("group", "planner")
-        methods = methods_of(target, acme)
-        num_methods += len(methods)
-        with channel_to(target, acme) as channel:
-            for method in methods:
-                wrong = status_of(channel, method, "a-token-that-nobody-has")
-                assert wrong is grpc.StatusCode.UNAUTHENTICATED, (name, method)
-                if is_internal:
-                    tenant = status_of(channel, method, TOKENS["acme"])
-                    assert tenant is grpc.StatusCode.PERMISSION_DENIED, (name, method)
-                if name != "port":  # there the certificate is enough
-                    assert status_of(channel, method, "") is grpc.StatusCode.UNAUTHENTICATED, (name, method)
-    assert num_methods > 40
-    strange = Authority(server.directory, "strange")
-    for stranger in (None, server.client("acme", strange)):
-        with channel_to(server.target, stranger) as channel:
-            for method in methods_of(server.target, acme):
-                assert status_of(channel, method, TOKENS["albireo"]) is grpc.StatusCode.UNAVAILABLE, method
+    for name, address in server.sockets.items():
+        num_methods += len(check_tokens(server, address, is_for_clients=name == "frontend-0"))
+    methods = check_tokens(server, server.target, is_for_clients=True)
+    assert num_methods + len(methods) > 48
+    check_certificates(server, server.target, methods)
 
 
 def page(server: Server, port: int, token: str, authority: Authority) -> int:
@@ -216,7 +252,7 @@ def page(server: Server, port: int, token: str, authority: Authority) -> int:
 
 def test_metrics_are_for_operators(server: Server):
     strange = Authority(server.directory, "strange")
-    for port in (server.port + offset for offset in (1, 2, 3)):
+    for port in server.metrics_ports:
         assert page(server, port, "", server.authority) == 401
         assert page(server, port, "a-token-that-nobody-has", server.authority) == 401
         assert page(server, port, TOKENS["acme"], server.authority) == 403
@@ -323,3 +359,57 @@ async def test_everything_heals_and_rolls_with_certificates_and_tokens(server: S
     await wait_until(lambda: "frontend-0 is replaced" in log.read_text(), "the restart is over")
     assert "planner is replaced" in log.read_text()
     assert (await complete(server, "acme")).reason == pb.FINISH_REASON_LENGTH
+
+
+async def ask_store(server: Server, method: str, request: Message) -> Any:
+    async with make_channel(server.store, security=server.client("albireo")) as channel:
+        return await getattr(kvstore_pb2_grpc.KvStoreStub(channel), method)(request, timeout=10, wait_for_ready=True)
+
+
+async def stats_of(server: Server) -> kv.KvStats:
+    stats: kv.KvStats = await ask_store(server, "GetStats", kv.GetKvStatsRequest())
+    return stats
+
+
+async def check_store(server: Server) -> None:
+    """What a group has forgotten in its death comes back, for who has sent it."""
+    text = "def kept(): return 42 " * 10
+    await ask_store(server, "Flush", kv.FlushKvRequest())
+    assert await num_cached(server, "acme", text) == 0
+    num_tokens = await num_cached(server, "acme", text)
+
+    async def is_stored() -> bool:
+        stats = await stats_of(server)
+        num_blocks = sum(each.num_blocks for each in stats.tenants if each.tenant == "acme")
+        return num_blocks * BLOCK_SIZE >= num_tokens and stats.pinned_bytes == 0
+
+    await until(is_stored, "the prompt is not stored")
+    num_hits = (await stats_of(server)).num_hits
+    pid = server.rank(0)
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert await num_cached(server, "rival", text) == 0
+    assert await num_cached(server, "acme", text) == num_tokens
+    assert (await stats_of(server)).num_hits - num_hits == num_tokens // BLOCK_SIZE
+
+
+async def test_planner_and_ranks_use_the_store_that_serve_starts(server: Server):
+    await check_store(server)
+
+
+def test_planner_and_ranks_use_a_store_on_another_host(tmp_path: Path, stub_model: Path):
+    """By TCP, with certificates and tokens, which this store asks of everybody."""
+    authority, port = Authority(tmp_path, "ours"), fixed_ports(2)
+    target, run_dir = f"127.0.0.1:{port}", tmp_path / "kv"
+    flags = {"listen": target, "run-dir": run_dir, "arena-gib": 0.1, "metrics-port": port + 1}
+    argv = argv_of({**flags, **security_flags(tmp_path, authority)})
+    with (
+        process(["kvstore_svc", *argv], tmp_path / "kv.log") as store,
+        serve(tmp_path, stub_model, authority, target) as server,
+    ):
+        asyncio.run(check_store(server))
+        check_certificates(server, target, check_tokens(server, target, is_for_clients=False))
+        assert listening(store.pid) == ({port, port + 1}, {f"{run_dir}/kv-arena.sock"})
+        assert run_dir.stat().st_mode & 0o777 == 0o700
+        assert page(server, port + 1, TOKENS["acme"], authority) == 403
+        assert page(server, port + 1, TOKENS["gateway"], authority) == 200

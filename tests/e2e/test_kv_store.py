@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import pytest
 
 from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2_grpc as rpc
-from kv_stores import kv_store, redis_server, stats_of, until
+from kv_stores import kv_store, redis_server, stats_of, until, until_idle
 from load import EMPTY, Answer, Case, fixed_case, random_tokens, run_case, wait_for_metrics, wait_until
 from needs import needs_redis
-from services import Service, fixed_ports, process, read_metrics, scheduler, worker_service
+from services import Service, fixed_ports, process, read_metrics, scheduler_service, worker_service
 
 pytestmark = pytest.mark.e2e
 
@@ -27,9 +27,13 @@ NUM_SHARED = 512
 class Served:
     """A scheduler with a group of stub ranks and a store."""
 
-    target: str
+    scheduler: Service
     metrics_port: int
     group: Service
+
+    @property
+    def target(self) -> str:
+        return self.scheduler.address
 
     def metric(self, name: str) -> float:
         return read_metrics(self.metrics_port)[f"albireo_kv_{name}"]
@@ -46,9 +50,9 @@ def serve(
     more = {"kv_store": store.address, "metrics_port": ports + 1, **flags}
     with (
         worker_service(directory / "g", model, engine="stub", tp=tp, kv_store=arena, **limits) as group,
-        scheduler(directory / "s", model, group.address, port=ports, **more) as target,
+        scheduler_service(directory / "s", model, group.address, port=ports, **more) as scheduler,
     ):
-        yield Served(target, ports + 1, group)
+        yield Served(scheduler, ports + 1, group)
 
 
 async def ask(target: str, *cases: Case) -> list[int]:
@@ -109,6 +113,41 @@ async def test_a_rank_and_the_store_die_while_sequences_are_swapped(tmp_path: Pa
         assert served.metric("blocks_out_total") > num_out
         await wait_for_metrics(served.metrics_port, EMPTY)
         await until_released(store)
+
+
+@contextlib.asynccontextmanager
+async def frozen_in_mid_transfer(served: Served) -> AsyncIterator[None]:
+    """A rank stands still, and blocks are on their way that do not arrive without it."""
+    (rank,) = served.group.pids("--rank", "1")
+    is_moving = False
+    while not is_moving:
+        served.group.send_signal(rank, signal.SIGSTOP)
+        try:
+            is_moving = served.metric("queued_bytes") > 0
+            if is_moving:
+                yield
+        finally:
+            served.group.send_signal(rank, signal.SIGCONT)
+        await asyncio.sleep(0)  # clients read
+
+
+async def test_the_planner_is_killed_in_the_middle_of_transfers(tmp_path: Path, stub_model: Path):
+    """Its successor goes on with every sequence, and nobody holds anything for the dead one."""
+    with kv_store(tmp_path / "kv", arena_gib=64 / 1024) as store:
+        with serve(tmp_path, stub_model, store, 2, NUM_BLOCKS, swap="always") as served:
+            asking = asyncio.create_task(ask(served.target, *long_cases("planner", 16)))
+            await wait_until(lambda: served.metric("blocks_in_total") > 0, "blocks are swapped in")
+            (planner,) = served.scheduler.pids("scheduler_svc", "planner")
+            async with frozen_in_mid_transfer(served):
+                assert (await stats_of(store)).pinned_bytes > 0
+                served.scheduler.send_signal(planner, signal.SIGKILL)
+            assert not asking.done()
+            await asking
+            await wait_for_metrics(served.metrics_port, EMPTY)
+            await until_released(store)
+            stats = await stats_of(store)
+            assert (stats.num_sessions, stats.num_ranks, stats.quarantined_bytes) == (1, 2, 0)
+        await until_idle(store)
 
 
 async def test_a_prefix_that_one_group_computed_is_another_groups_at_another_tp_degree(

@@ -12,7 +12,7 @@ from albireo.model_spec import DEMO_MODEL
 from albireo.rpc import make_channel
 from albireo.v1 import generation_pb2, generation_pb2_grpc
 from checkpoints import make_checkpoint
-from e2e_oracle import Case, Oracle
+from e2e_oracle import Case, Oracle, generate_completions
 from services import scheduler, worker_group
 
 pytestmark = pytest.mark.e2e
@@ -47,20 +47,6 @@ async def generate(target: str, case: Case) -> list[int]:
         async for response in generation_pb2_grpc.GenerationStub(channel).Generate(request):
             tokens += response.token_ids
     return tokens
-
-
-async def generate_completions(target: str, case: Case, num: int) -> tuple[list[list[int]], list[int]]:
-    """Several completions of one request; token ids of each, and how much of its prompt was cached."""
-    params = generation_pb2.SamplingParams(temperature=0, max_tokens=case.max_tokens, n=num)
-    request = generation_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=case.prompt), sampling_params=params)
-    tokens: list[list[int]] = [[] for _ in range(num)]
-    cached = [0] * num
-    async with make_channel(target) as channel:
-        async for response in generation_pb2_grpc.GenerationStub(channel).Generate(request):
-            tokens[response.index] += response.token_ids
-            if response.HasField("finish"):
-                cached[response.index] = response.finish.usage.cached_tokens
-    return tokens, cached
 
 
 async def generate_all(target: str, cases: list[Case]) -> list[list[int]]:

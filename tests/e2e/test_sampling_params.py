@@ -184,7 +184,9 @@ def cases(stub_model: Path) -> list[Case]:
     return [random_case(rng, tokenizer) for _ in range(64)]
 
 
-@pytest.mark.parametrize(("tp", "depth"), [(1, 2), (2, 1), (4, 2)])
+@pytest.mark.parametrize(
+    ("tp", "depth"), [pytest.param(1, 2, marks=pytest.mark.soak), pytest.param(2, 1, marks=pytest.mark.soak), (4, 2)]
+)
 async def test_64_requests_with_mixed_parameters_are_exact(
     tmp_path: Path, stub_model: Path, cases: list[Case], tp: int, depth: int
 ):

@@ -180,9 +180,10 @@ WAYS = {
     "TP 2, gather": {"tp": 2, "depth": 2, "sampler": "gather"},
     "TP 2, batch-sharded": {"tp": 2, "depth": 1, "sampler": "batch-sharded"},
 }
+LONG = ("TP 2", "TP 2, gather")  # soaked: other tests cover what is apart in them
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.soak] if way in LONG else []) for way in WAYS])
 def test_seeded_requests_give_the_same_tokens(
     model: tuple[Path, list[Request], list[Answer]], tmp_path: Path, way: str
 ) -> None:

@@ -38,7 +38,7 @@ async def wait_until_idle(target: str) -> None:
     raise AssertionError(f"{info.active_requests} requests are active for ever")
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(4, marks=pytest.mark.soak)])
 async def test_128_requests_with_cancels_under_a_small_pool_are_exact(tmp_path: Path, stub_model: Path, tp: int):
     """Two front ends on one port, 32 slots, blocks for a fraction of them: queueing, preemption, cancellation."""
     pool_gib = 20 * 32 * (8 // tp) * 8 / 2**30  # 20 blocks: 16 hold one longest sequence

@@ -1,35 +1,28 @@
 """The Redis tier: a real redis-server behind a real store, and what is done to both."""
 
 import asyncio
-import contextlib
-import itertools
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from redis.crc import key_slot
 
-from albireo.kv.arena import LocalArena
 from albireo.kv.chain import anchors_of
-from albireo.kv.session import Acquired, KvSession
 from kv_stores import (
     MIB,
     NAMESPACE,
+    Planner,
     RedisServer,
     chain,
     flush,
-    kv_session,
     kv_store,
-    put,
-    read_blocks,
+    planner,
     redis_cluster,
     redis_server,
     stats_of,
     until,
-    until_idle,
 )
 from kvstore_svc.breaker import Breaker
 from kvstore_svc.redis_blocks import key_of
@@ -37,9 +30,6 @@ from needs import needs_redis
 from services import Service
 
 pytestmark = needs_redis
-
-
-EPOCHS = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
@@ -59,45 +49,6 @@ def store(directory: Path) -> Iterator[Service]:
     """One for all tests: Redis comes and goes, and it goes on."""
     with kv_store(directory / "store", redis=f"unix://{directory}/redis/redis.sock", redis_timeout=0.5) as service:
         yield service
-
-
-@dataclass
-class Planner:
-    """A planner with one rank."""
-
-    store: Service
-    session: KvSession
-    arena: LocalArena
-
-    async def put(self, hashes: list[bytes], **more: bool) -> None:
-        self.session.release(await put(self.session, self.arena, hashes, **more))
-
-    async def acquire(self, hashes: list[bytes], wait_s: float = 5.0) -> Acquired:
-        return await self.session.acquire(hashes, anchors_of(hashes), "t", wait_s=wait_s)
-
-    async def use(self, hashes: list[bytes], wait_s: float = 5.0) -> int:
-        """How many blocks come, whole."""
-        acquired = await self.acquire(hashes, wait_s)
-        assert all(read_blocks(self.arena, hashes[: acquired.num_blocks], acquired.offsets))
-        self.session.release(acquired.hold)
-        return acquired.num_blocks
-
-    async def num_remote(self, hashes: list[bytes]) -> int:
-        return (await self.session.lookup(hashes, anchors_of(hashes), asks_redis=True)).num_remote
-
-
-@contextlib.asynccontextmanager
-async def planner(store: Service) -> AsyncIterator[Planner]:
-    async def has_worker() -> bool:
-        return (await stats_of(store)).num_redis_workers == 1
-
-    await until(has_worker, "no Redis worker")
-    await flush(store)
-    async with kv_session(store, epoch=next(EPOCHS)) as session:
-        arena = LocalArena.attach(session.lease)
-        yield Planner(store, session, arena)
-        arena.close()
-    await until_idle(store)
 
 
 @pytest.fixture

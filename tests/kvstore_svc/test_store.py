@@ -161,12 +161,14 @@ async def test_a_cancelled_acquire_holds_nothing(store: Service, session: KvSess
     await put(session, arena, hashes[:2])
     reserved = await session.reserve(hashes[2:])
     waiting = asyncio.create_task(session.acquire(hashes, wait_s=30.0))
-    await session.lookup(hashes)  # the store has seen it
-    held = (await stats_of(store)).pinned_bytes
+
+    async def is_held() -> bool:
+        return (await stats_of(store)).pinned_bytes == 4 * NAMESPACE.frame_bytes
+
+    await until(is_held, "what it waits for is held")
     waiting.cancel()
     session.abort(reserved.hold)
     await session.lookup(hashes)
-    assert held == 4 * NAMESPACE.frame_bytes
     assert (await stats_of(store)).pinned_bytes == 0
 
 

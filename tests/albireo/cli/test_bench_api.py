@@ -63,6 +63,7 @@ def test_wrong_flags(flags: list[str], capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.e2e
+@pytest.mark.soak
 def test_every_api_is_measured_on_the_real_services(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each answer has the tokens that were asked for, or the run fails."""
     report_file = tmp_path / "report.json"

@@ -87,7 +87,7 @@ def test_medians() -> None:
         {"a": 5.0, "tasks": {"T1": {"x": 1}}},
         {"a": 2.0, "tasks": {"T1": {"x": 2}}},
     ]
-    assert bench_host.medians(runs) == {"a": 2.0, "tasks": {"T1": {"x": 2}}}
+    assert host_window.medians(runs) == {"a": 2.0, "tasks": {"T1": {"x": 2}}}
 
 
 @pytest.mark.parametrize(

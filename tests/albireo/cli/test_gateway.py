@@ -63,6 +63,35 @@ def test_a_gateway_has_nothing_to_show_to_guarded_front_ends(flag: str) -> None:
         check_config(replace(HTTP, **{flag: "file"}))
 
 
+def test_a_key_is_needed_beyond_loopback(tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("a-key-of-20-letters!\n")
+    with pytest.raises(ConfigError, match=r"--http-api-key-file .*key: a token with other characters than letters"):
+        check_config(replace(HTTP, http_api_key_file=str(key)))
+    key.write_text("short\n")
+    with pytest.raises(ConfigError, match=r"--http-api-key-file .*key: a token of 5 characters; at least 16"):
+        check_config(replace(HTTP, http_api_key_file=str(key)))
+    with pytest.raises(ConfigError, match=r"--http-api-key-file /no/key: No such file"):
+        check_config(replace(HTTP, http_api_key_file="/no/key"))
+    with pytest.raises(ConfigError, match=r"--http-api-key-file /no/key: without --http nobody asks for the key"):
+        check_config(replace(HTTP, http=None, http_api_key_file="/no/key"))
+    with pytest.raises(ConfigError, match=r"--http-host 0\.0\.0\.0: beyond loopback only with --http-api-key-file"):
+        check_config(replace(HTTP, http_host="0.0.0.0"))
+    for host in ("127.0.0.1", "localhost"):
+        assert check_config(replace(HTTP, http_host=host)).http
+    key.write_text("a-key-of-20-letters-\n")
+    assert check_config(replace(HTTP, http_host="0.0.0.0", http_api_key_file=str(key))).http
+
+
+def test_the_gateway_reads_the_key_by_itself(tmp_path: Path) -> None:
+    """Where it stays out of `ps`."""
+    config = replace(HTTP, http=8000, http_api_key_file="/etc/it's a key")
+    argv = child_processes(config, RunDir(tmp_path, keep=True))[-1].argv
+    assert argv[argv.index("--http-api-key-file") + 1] == "/etc/it's a key"
+    message = ready_message(config, plan_pb2.GroupInfo(engine="stub"), RunDir(tmp_path, keep=True))
+    assert """-H "authorization: Bearer $(cat '/etc/it'"'"'s a key')\"""" in message
+
+
 def test_the_gateway_stops_first_and_outlives_a_rolling_restart(tmp_path: Path) -> None:
     config = replace(HTTP, port=50051, http=8000, host="0.0.0.0", frontends=3, metrics_port=9000, drain_timeout=2.0)
     worker, scheduler, child = child_processes(config, RunDir(tmp_path, keep=True))

@@ -14,15 +14,25 @@ def value_of(argv: list[str], flag: str) -> str | None:
 
 
 def test_the_store_that_is_started_is_the_one_that_scheduler_and_ranks_use(tmp_path: Path):
-    redis = "unix:///redis.sock"
-    config = ServeConfig(model="/m", kv_store_gib=2, redis=redis, swap="always", metrics_port=9000, frontends=2)
+    config = ServeConfig(model="/m", kv_store_gib=2, swap="always", metrics_port=9000, frontends=2)
     children = {child.name: list(child.argv) for child in child_processes(config, RunDir(tmp_path, keep=True))}
     store, worker, scheduler = children["kvstore"], children["worker"], children["scheduler"]
     assert value_of(scheduler, "--kv-store") == value_of(store, "--listen")
     assert value_of(worker, "--kv-store") == f"unix:{value_of(store, '--run-dir')}/kv-arena.sock"
-    assert (value_of(store, "--arena-gib"), value_of(store, "--redis")) == ("2", redis)
+    assert value_of(store, "--arena-gib") == "2"
     assert value_of(store, "--metrics-port") == "9004"
     assert value_of(scheduler, "--swap") == "always"
+
+
+def test_the_url_of_redis_which_may_hold_a_password_is_on_no_command_line(tmp_path: Path):
+    url = "redis://kv:password@r:6379"
+    children = child_processes(ServeConfig(model="/m", kv_store_gib=2, redis=url), RunDir(tmp_path, keep=True))
+    assert not any(url in word for child in children for word in child.argv)
+    assert {child.name: (child.env or {}).get("ALBIREO_REDIS") for child in children} == {
+        "kvstore": url,
+        "worker": None,
+        "scheduler": None,
+    }
 
 
 def test_another_hosts_store_is_reached_over_the_network_by_all(tmp_path: Path):
