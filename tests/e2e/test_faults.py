@@ -67,8 +67,10 @@ def possible_faults(tp: int) -> list[Fault]:
 
 
 def quick_faults(tp: int, rng: random.Random) -> list[Fault]:
-    """Each message fault and each kill once, and a few freezes."""
-    deck = [one for one in possible_faults(tp) if one.action != "stop" or one.place in QUICK_STOPS[tp]]
+    """A few freezes, and this TP degree's share of message faults and kills."""
+    others = [one for one in ALL_FAULTS if one.action != "stop"]
+    share = others[list(QUICK_STOPS).index(tp) :: len(QUICK_STOPS)]
+    deck = [*share, *(Fault("stop", place) for place in QUICK_STOPS[tp])]
     return rng.sample(deck, len(deck))
 
 

@@ -20,7 +20,7 @@ from http_server import HttpServer, ask, http_server
 from load import wait_until
 from services import read_metrics
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone]
+pytestmark = pytest.mark.e2e
 
 README = Path(__file__).parents[2] / "README.md"
 PROMPT = "def read_lines(path):"

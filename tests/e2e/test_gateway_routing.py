@@ -15,7 +15,7 @@ from http_server import ask
 from load import wait_until
 from services import fixed_ports, process, scheduler, worker_group
 
-pytestmark = [pytest.mark.e2e, pytest.mark.alone]
+pytestmark = pytest.mark.e2e
 
 NUM_PROMPTS = 8
 BLOCK_SIZE = 32

@@ -1,4 +1,4 @@
-"""HTTP clients without the key, clients that go away, and a scheduler that is replaced beneath them, on the stub engine."""
+"""HTTP clients without the key, others that leave, and a scheduler replaced beneath them, on the stub engine."""
 
 import asyncio
 import contextlib
