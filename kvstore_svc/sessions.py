@@ -31,7 +31,8 @@ log = structlog.get_logger()
 async def serve_session(
     store: Store, requests: AsyncIterator[pb.KvRequest], context: "aio.ServicerContext[Any, Any]"
 ) -> AsyncIterator[pb.KvReply]:
-    """The handler of KvStore/Session."""
+    """The handler of KvStore/Session. Its initial metadata say that the caller is let in."""
+    await context.send_initial_metadata(())
     hello = await _first_of(requests)
     stream = _Stream(store)
     try:

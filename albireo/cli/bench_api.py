@@ -23,11 +23,9 @@ import numpy as np
 import albireo
 from albireo.cli import client, ports
 from albireo.cli.api_clients import PROMPT, Ask, http_clients, native_clients, vllm_clients
-from albireo.cli.host_services import Services, Setting
+from albireo.cli.host_services import Services, Setting, running
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import counting_bar
-from albireo.cli.run_dir import open_run_dir
-from albireo.errors import AlbireoError
 from albireo.v1 import generation_pb2 as pb
 
 # What each API's requests pass through; a worker group costs the same whoever asks.
@@ -95,25 +93,21 @@ async def bench_api(
         port=ports.check_port("127.0.0.1", 0, "--port"),
         http_port=ports.check_port("127.0.0.1", 0, "--http") if has_gateway else 0,
     )
-    with counting_bar(reps * len(paths) * len(lengths), "client APIs", "window") as bar, open_run_dir(None) as run_dir:
-        try:
-            async with Services(setting, run_dir) as services, contextlib.AsyncExitStack() as stack:
-                clients = {
-                    path: await stack.enter_async_context(await _clients(path, setting, num_streams)) for path in paths
-                }
-                for asks in clients.values():
-                    await _measure(services, asks, lengths[0], 0.0)  # what comes first costs more
-                runs = []
-                for _ in range(reps):
-                    costs: Costs = {path: {} for path in paths}
-                    for path, asks in clients.items():
-                        for length in lengths:
-                            costs[path][length] = await _measure(services, asks, length, window_s)
-                            bar.update()
-                    runs.append(costs)
-        except AlbireoError:
-            run_dir.keep = True
-            raise
+    with counting_bar(reps * len(paths) * len(lengths), "client APIs", "window") as bar:
+        async with running(setting) as services, contextlib.AsyncExitStack() as stack:
+            clients = {
+                path: await stack.enter_async_context(await _clients(path, setting, num_streams)) for path in paths
+            }
+            for asks in clients.values():
+                await _measure(services, asks, lengths[0], 0.0)  # what comes first costs more
+            runs = []
+            for _ in range(reps):
+                costs: Costs = {path: {} for path in paths}
+                for path, asks in clients.items():
+                    for length in lengths:
+                        costs[path][length] = await _measure(services, asks, length, window_s)
+                        bar.update()
+                runs.append(costs)
     return {
         "engine": "stub",
         "modelled": True,

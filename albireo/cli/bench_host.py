@@ -14,12 +14,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import albireo
-from albireo.cli.host_services import PROMPT_TOKENS, Services, Setting
+from albireo.cli.host_services import PROMPT_TOKENS, Setting, running
 from albireo.cli.host_window import Figures, measure, medians, warm_up
 from albireo.cli.json_file import write_json
 from albireo.cli.progress import Bar, counting_bar
-from albireo.cli.run_dir import open_run_dir
-from albireo.errors import AlbireoError
 
 # Step lengths at which the search for the shortest tries to keep the device busy, and what "busy" means.
 LADDER_MS = (10.0, 7.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.5)
@@ -161,15 +159,10 @@ async def _shortest_step(setting: Setting, num_steps: int, reps: int) -> float |
 
 
 async def _run(setting: Setting, num_steps: int, reps: int, bar: Bar) -> list[Figures]:
-    """Starts the services once and measures ``reps`` windows. The logs stay where something fails."""
-    with open_run_dir(None) as run_dir:
-        try:
-            async with Services(setting, run_dir) as services:
-                step_s = await warm_up(services)
-                return [await measure(services, num_steps, step_s, bar.update) for _ in range(reps)]
-        except AlbireoError:
-            run_dir.keep = True
-            raise
+    """Starts the services once and measures ``reps`` windows."""
+    async with running(setting) as services:
+        step_s = await warm_up(services)
+        return [await measure(services, num_steps, step_s, bar.update) for _ in range(reps)]
 
 
 def table(report: dict[str, Any]) -> str:

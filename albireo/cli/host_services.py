@@ -5,7 +5,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,8 +14,8 @@ from typing import Any
 
 from albireo.child import Child, Process, python_module
 from albireo.cli import processes
-from albireo.cli.run_dir import RunDir
-from albireo.errors import GroupError
+from albireo.cli.run_dir import RunDir, open_run_dir
+from albireo.errors import AlbireoError, GroupError
 
 PROMPT_TOKENS = 32
 _START_TIMEOUT_S = 120.0
@@ -174,6 +175,18 @@ class Services:
                 await process.exited
         self._running.clear()
         _report_file(self._path).unlink(missing_ok=True)
+
+
+@asynccontextmanager
+async def running(setting: Setting) -> AsyncIterator[Services]:
+    """Services in a run directory of their own. The logs stay where something fails."""
+    with open_run_dir(None) as run_dir:
+        try:
+            async with Services(setting, run_dir) as services:
+                yield services
+        except AlbireoError:
+            run_dir.keep = True
+            raise
 
 
 def stages(setting: Setting, path: Path, group_dir: Path, logs: Path) -> list[list[Child]]:

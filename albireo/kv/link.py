@@ -1,7 +1,6 @@
 """Keeps a session with a KV store that may come and go; while it is away, all is a miss."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable
 
@@ -45,10 +44,16 @@ class KvLink:
 
     async def run(self) -> None:
         """Runs until it is cancelled, which ends the session. Raises InvalidRequest: the store does not take us."""
+        told = ""
         try:
             while True:
-                with contextlib.suppress(StoreUnavailable):
+                try:
                     await self._hold_one()
+                    told = ""
+                except StoreUnavailable as error:
+                    if str(error) != told:  # else the log would have it five times a second
+                        told = str(error)
+                        log.warning("no session with the KV store", reason=told)
                 await asyncio.sleep(_RETRY_AFTER_S)
         finally:
             await self._channel.close(grace=None)

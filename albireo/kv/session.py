@@ -262,6 +262,8 @@ async def open_session(
     )
     try:
         async with asyncio.timeout(timeout_s):
+            # What is written to a call that has been refused makes gRPC forget the reason.
+            await call.initial_metadata()
             await call.write(pb.KvRequest(hello=hello))
             reply = await anext(aiter(call))
     except (aio.AioRpcError, asyncio.InvalidStateError) as error:

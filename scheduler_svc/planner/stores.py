@@ -30,7 +30,7 @@ def store_history(
     new = [index for index, block_hash in enumerate(hashes) if not transfers.knows(block_hash)]
     if not _is_worth_while(transfers, keeps, len(new), num_blocks, num_blocks * block_size):
         return
-    room = 0 if transfers.is_busy else _room(transfers)
+    room = 0 if transfers.is_busy else _room(transfers, keeps)
     transfers.counts.num_blocks_not_stored += max(0, len(new) - room)
     # With those that the store has already: it keeps what is used.
     hashes = hashes[: new[room]] if len(new) > room else hashes
@@ -119,10 +119,10 @@ def _is_worth_while(transfers: Transfers, keeps: bool, num_new: int, num_blocks:
     return is_quicker(mode, transfer_s, transfers.compute_s(num_tokens))
 
 
-def _room(transfers: Transfers) -> int:
-    """How many more blocks may be on their way to the store."""
+def _room(transfers: Transfers, keeps: bool) -> int:
+    """How many more blocks may be on their way to the store. What is kept was found to be worth its time."""
     limits = transfers.limits
     num_bytes = float(limits.max_bytes)
-    if limits.mode is not SwapMode.ALWAYS:
+    if not keeps and limits.mode is not SwapMode.ALWAYS:
         num_bytes = min(num_bytes, limits.max_queue_s * transfers.rates.outward.bytes_per_s)
     return max(0, int((num_bytes - transfers.num_queued_bytes) / limits.block_bytes))

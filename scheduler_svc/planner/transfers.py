@@ -108,7 +108,7 @@ class TransferLimits:
     Attributes:
         block_bytes: in the store.
         max_bytes, max_jobs: under way at most, both ways together.
-        max_queue_s: so long may the last of the blocks that are stored take, by the measured bandwidth.
+        max_queue_s: so long may the last of the blocks that ended sequences leave take, by the measured bandwidth.
         max_wait_s: so long may a load wait for the store's answer.
     """
 

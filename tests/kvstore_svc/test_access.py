@@ -1,14 +1,17 @@
 """Who may talk to the store: with a token file, our own services and nobody else."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from albireo.errors import StoreUnavailable
+from albireo.kv.link import KvLink
 from albireo.kv.session import open_session
 from albireo.rpc import make_channel
 from albireo.security import SecurityFlags, load_security
-from kv_stores import NAMESPACE
+from kv_stores import NAMESPACE, until
 from services import process
 
 SERVICE, TENANT = "service-token-0123456789", "tenant-token-0123456789"
@@ -31,3 +34,20 @@ async def test_sessions_need_a_services_token(tmp_path: Path):
             async with make_channel(address, to_peer=True, security=other) as channel:
                 with pytest.raises(StoreUnavailable, match=r"UNAUTHENTICATED|PERMISSION_DENIED"):
                     await open_session(channel, "q", 1, NAMESPACE)
+        await check_that_the_log_says_so(KvLink(address, "q", NAMESPACE, security=other))
+
+
+async def check_that_the_log_says_so(link: KvLink) -> None:
+    """Of a planner that is not let in; it goes on trying, for tokens may change."""
+    with capture_logs() as lines:
+        running = asyncio.create_task(link.run())
+
+        async def is_told() -> bool:
+            return bool(lines)
+
+        await until(is_told, "the log says nothing")
+        assert [line["event"] for line in lines] == ["no session with the KV store"]
+        assert "PERMISSION_DENIED: /albireo.v1.KvStore/Session is not for the role tenant" in lines[0]["reason"]
+        assert not running.done()
+        running.cancel()
+        await asyncio.wait({running})

@@ -179,6 +179,20 @@ def test_at_the_end_the_copy_under_way_is_waited_for(rank: TransferRank, arena: 
     assert not arena.memory[NUM_HEADS * slot_bytes(256) :].any()
 
 
+def test_copies_rest_for_what_they_take_of_a_core_and_not_for_what_they_wait(arena: MemoryArena, cache: np.ndarray):
+    """Beside a step, 99 times as long: for the wait of the first of two this would be longer than the test waits."""
+    rank = TransferRank(SHAPE, HostCopies(SHAPE, [cache], head_axis=3), NUM_BLOCKS, arena.attach, share=0.01)
+    arena.may_copy.clear()
+    rank.take(step_plan(0, move(STORE, [0, 1])))
+    assert arena.began.acquire(timeout=WAIT_S)
+    time.sleep(1.5 * WAIT_S / 99)
+    arena.may_copy.set()
+    try:
+        assert rank.result().succeeded.all()
+    finally:
+        rank.close()
+
+
 def test_a_store_that_does_not_answer_delays_no_end(rank: TransferRank, arena: MemoryArena):
     """And when it does at last, nothing is copied any more."""
     arena.answers.clear()

@@ -23,12 +23,14 @@ def transfers_plan(transfers: Sequence[Transfer], epoch: int = 1, step_id: int =
 class TransferRank:
     """One rank's transfers, and what came of them. ``how``: an address, or what attaches to an arena."""
 
-    def __init__(self, shape: KvShape, copies: KvCopies, num_blocks: int, how: str | Attach) -> None:
+    def __init__(
+        self, shape: KvShape, copies: KvCopies, num_blocks: int, how: str | Attach, share: float = 1.0
+    ) -> None:
         self.shape, self.copies = shape, copies
         self.results: queue.Queue[TransferResult] = queue.Queue()
         self.failures: list[str] = []
         attach = attach_to(how, OPEN, None) if isinstance(how, str) else how
-        store = KvStore(FINGERPRINT, shape, attach)
+        store = KvStore(FINGERPRINT, shape, attach, share)
         self.transfers = Transfers(store, copies, num_blocks, self.results.put, self.failures.append)
 
     def take(self, plan: StepPlan) -> None:

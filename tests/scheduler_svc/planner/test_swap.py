@@ -3,13 +3,19 @@ exact whatever gets lost."""
 
 import random
 
+import numpy as np
 import pytest
 
 from albireo.arrays import EMPTY_INT32
+from albireo.transfers import KvLease
+from albireo.v1 import plan_pb2
 from scheduler_svc.planner.block_pool import BlockPool
-from scheduler_svc.planner.sequence import Sequence
+from scheduler_svc.planner.rates import StepRates
+from scheduler_svc.planner.sequence import Place, Sequence
 from scheduler_svc.planner.state import preempt
+from scheduler_svc.planner.stores import store_history
 from scheduler_svc.planner.swap_policy import Bandwidth, SwapMode, TransferRates, is_quicker, wait_s
+from scheduler_svc.planner.transfers import TransferLimits, Transfers
 from simulation import Simulation
 from swap_simulation import SwapSimulation
 
@@ -103,6 +109,20 @@ def test_the_store_gets_as_long_as_loading_stays_quicker():
     assert wait_s(SwapMode.AUTO, transfer_s=0.1, compute_s=6.0, most_s=1.0) == 1.0
     assert wait_s(SwapMode.AUTO, transfer_s=0.1, compute_s=0.06, most_s=1.0) == 0.0
     assert wait_s(SwapMode.ALWAYS, transfer_s=0.1, compute_s=0.06, most_s=1.0) == 1.0
+
+
+@pytest.mark.parametrize(("keeps", "num_asked"), [(True, 4), (False, 1)])
+def test_the_half_second_is_for_what_ended_sequences_leave(keeps: bool, num_asked: int):
+    """Two blocks take a second to the store, and nothing says what computing takes: a preempted sequence's all go."""
+    transfers = Transfers(TransferLimits(SwapMode.AUTO, block_bytes=100), StepRates())
+    transfers.meet_store(KvLease(bytes(16), arena_bytes=1000, lease=1), max_blocks=4)
+    transfers.rates.outward.observe(num_bytes=200, duration_s=1.0)
+    pool, _ = published(4)
+    sampling, tokens = plan_pb2.Sampling(), np.zeros(128, dtype=np.int32)
+    sequence = Sequence(0, 0, "", tokens, 8, 256, sampling, Place(0, 0), block_hashes=HASHES)
+    store_history(transfers, pool, sequence, 4, 32, "", keeps)
+    assert [len(request.hashes) for request in transfers.take_requests()] == [num_asked]
+    assert transfers.counts.num_blocks_not_stored == 4 - num_asked
 
 
 SMALL = {"block_size": 2, "num_blocks": 32, "max_num_seqs": 6, "max_model_len": 64, "max_num_batched_tokens": 16}
