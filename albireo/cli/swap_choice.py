@@ -112,15 +112,15 @@ async def _run(setting: Setting, crowd: Crowd, bar: Bar) -> Figures:
         rng, ids = Random(_SEED), range(info.vocab_size)  # noqa: S311  # no secret
         prompts = [rng.choices(ids, k=crowd.num_prompt_tokens) for _ in range(crowd.num_requests)]
         await _ask(stub, rng.choices(ids, k=_WARM_UP_TOKENS), _WARM_UP_TOKENS)
-        before, num_computed_before = read_metrics(setting.metrics_port), await _num_computed(services)
+        before, done_before = read_metrics(setting.metrics_port), await _done(services)
         start = time.monotonic()
         await asyncio.gather(*(_ask(stub, prompt, crowd.num_output_tokens) for prompt in prompts))
         wall_s = time.monotonic() - start
-        after, num_computed = read_metrics(setting.metrics_port), await _num_computed(services)
+        after, done = read_metrics(setting.metrics_port), await _done(services)
     bar.update()
     return {
         "wall_s": wall_s,
-        "num_computed_tokens": num_computed - num_computed_before,
+        **{name: done[name] - done_before[name] for name in done},
         **{name: after[metric] - before[metric] for name, metric in _COUNTERS.items()},
         "in_mb_s": after["albireo_kv_in_bytes_per_second"] / 1e6,
         "out_mb_s": after["albireo_kv_out_bytes_per_second"] / 1e6,
@@ -134,14 +134,16 @@ async def _ask(stub: "GenerationAsyncStub", prompt: Sequence[int], num_tokens: i
     await client.collect(stub, pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=sampling))
 
 
-async def _num_computed(services: Services) -> int:
-    """Tokens of all steps so far: the ledger keeps 8192 of them."""
+async def _done(services: Services) -> Figures:
+    """Steps so far, and their tokens: the ledger keeps 8192 of them."""
     pages = await read_ledger(client.Server(services.ledgers[0]))
-    return sum(int(page["num_tokens"].sum()) for page in pages if page.is_planner)
+    columns = [page["num_tokens"] for page in pages if page.is_planner]
+    return {"num_steps": sum(map(len, columns)), "num_computed_tokens": sum(int(each.sum()) for each in columns)}
 
 
 _ROWS = {
     "wall_s": "time, s",
+    "num_steps": "steps",
     "num_computed_tokens": "tokens computed",
     "num_preemptions": "preemptions",
     "num_blocks_out": "blocks stored",
