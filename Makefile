@@ -26,8 +26,8 @@ serve: $(READY)  ## serve MODEL (demo) on 127.0.0.1:50051 and show a first compl
 	$(BIN)/albireo serve $(MODEL) --first-prompt "def read_lines(path):" $(ARGS)
 
 ANY := not soak and not gpu
-test: $(READY)  ## all tests that need no GPU and no patience: most two at a time, then those that mind the time
-	$(BIN)/python -m pytest -m "$(ANY) and not alone" --numprocesses 2 --dist loadfile $(ARGS)
+test: $(READY)  ## all tests that need no GPU and no patience: most three at a time, then those that mind the time
+	$(BIN)/python -m pytest -m "$(ANY) and not alone" --numprocesses 3 --dist loadfile $(ARGS)
 	$(BIN)/python -m pytest -m "$(ANY) and alone" $(ARGS)
 
 soak: $(READY)  ## the long tests and comparisons

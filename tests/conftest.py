@@ -2,6 +2,8 @@
 
 import json
 import signal
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     left_out = [report for report in terminalreporter.stats.get("skipped", ()) if NO_REDIS in str(report.longrepr)]
     if left_out:
         terminalreporter.write_line(f"LEFT OUT: {len(left_out)} tests of the KV store's Redis: {NO_REDIS}", red=True)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory whose name leaves room for those of unix sockets."""
+    with tempfile.TemporaryDirectory(prefix="albireo-", dir="/tmp") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

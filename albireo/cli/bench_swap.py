@@ -25,7 +25,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     device.add_argument("--step-ms", type=float, default=10.0, metavar="S", help="default: %(default)s")
     device.add_argument("--steps", type=int, default=2000, metavar="N", help="of a window; default: %(default)s")
     model = parser.add_argument_group("model")
-    model.add_argument("--requests", type=int, default=8, metavar="N", help="at once; default: %(default)s")
+    model.add_argument("--requests", type=int, default=8, metavar="N", help="of two tenants; default: %(default)s")
     model.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="default: %(default)s")
     model.add_argument("--output-tokens", type=int, default=128, metavar="N", help="default: %(default)s")
     model.add_argument("--blocks", type=int, default=67, metavar="N", help="of the pool; default: %(default)s")

@@ -1,8 +1,9 @@
 """Whether swapping is quicker than computing again, and whether the planner knows: one load on a real model, swapped
 always, never, and as it chooses.
 
-The same requests come at once, in each turn to services of its own, which have measured nothing but a short request.
-The pool holds some of them, so that sequences are preempted as they grow.
+The same requests come in each turn, to services of its own, which have measured nothing but a short request. One
+tenant's come at once and take the pool; when the first of them decodes, another tenant's come and get their share of
+it, from sequences that are preempted and go on later.
 """
 
 import asyncio
@@ -44,7 +45,7 @@ _COUNTERS = {
 
 @dataclass(frozen=True)
 class Crowd:
-    """Requests that come at once.
+    """Requests of equal lengths, half of them another tenant's, which come later.
 
     Attributes:
         num_blocks: of the pool.
@@ -114,7 +115,7 @@ async def _run(setting: Setting, crowd: Crowd, bar: Bar) -> Figures:
         await _ask(stub, rng.choices(ids, k=_WARM_UP_TOKENS), _WARM_UP_TOKENS)
         before, done_before = read_metrics(setting.metrics_port), await _done(services)
         start = time.monotonic()
-        await asyncio.gather(*(_ask(stub, prompt, crowd.num_output_tokens) for prompt in prompts))
+        await _ask_all(stub, prompts, crowd.num_output_tokens)
         wall_s = time.monotonic() - start
         after, done = read_metrics(setting.metrics_port), await _done(services)
     bar.update()
@@ -128,10 +129,34 @@ async def _run(setting: Setting, crowd: Crowd, bar: Bar) -> Figures:
     }
 
 
-async def _ask(stub: "GenerationAsyncStub", prompt: Sequence[int], num_tokens: int) -> None:
+async def _ask_all(stub: "GenerationAsyncStub", prompts: Sequence[Sequence[int]], num_tokens: int) -> None:
+    begun = asyncio.Event()
+
+    async def ask_later(prompt: Sequence[int]) -> None:
+        await begun.wait()
+        await _ask(stub, prompt, num_tokens, "later")
+
+    first = -(-len(prompts) // 2)
+    await asyncio.gather(
+        *(_ask(stub, prompt, num_tokens, "first", begun) for prompt in prompts[:first]),
+        *map(ask_later, prompts[first:]),
+    )
+
+
+async def _ask(
+    stub: "GenerationAsyncStub",
+    prompt: Sequence[int],
+    num_tokens: int,
+    tenant: str = "",
+    begun: asyncio.Event | None = None,
+) -> None:
+    """``begun`` is set when the first token comes."""
     sampling = pb.SamplingParams(max_tokens=num_tokens, ignore_eos=True, n=1)
     sampling.MergeFrom(SAMPLING["greedy"])
-    await client.collect(stub, pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=sampling))
+    request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt), sampling_params=sampling)
+    async for _ in client.stream(stub, request, client.CallOptions(tenant=tenant)):
+        if begun is not None:
+            begun.set()
 
 
 async def _done(services: Services) -> Figures:
@@ -158,7 +183,7 @@ _ROWS = {
 def table(report: Mapping[str, Any]) -> str:
     """The report for people: a column per mode."""
     lines = [
-        f"{report['model']} · TP {report['tp']} · {report['num_requests']} requests at once, "
+        f"{report['model']} · TP {report['tp']} · {report['num_requests']} requests of two tenants, "
         f"{report['num_prompt_tokens']} -> {report['num_output_tokens']} tokens, pool of {report['num_blocks']} blocks",
         f"median of {len(report['auto']['runs'])}; auto by the better one: {report['auto_ratio']:.3f}",
         "",

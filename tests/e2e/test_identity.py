@@ -226,15 +226,15 @@ async def test_planner_and_ranks_use_the_store_that_serve_starts(server: Server)
     await check_store(server)
 
 
-def test_planner_and_ranks_use_a_store_on_another_host(tmp_path: Path, stub_model: Path):
+def test_planner_and_ranks_use_a_store_on_another_host(short_path: Path, stub_model: Path):
     """By TCP, with certificates and tokens, which this store asks of everybody."""
-    authority, port = Authority(tmp_path, "ours"), fixed_ports(2)
-    target, run_dir = f"127.0.0.1:{port}", tmp_path / "kv"
+    authority, port = Authority(short_path, "ours"), fixed_ports(2)
+    target, run_dir = f"127.0.0.1:{port}", short_path / "kv"
     flags = {"listen": target, "run-dir": run_dir, "arena-gib": 0.1, "metrics-port": port + 1}
-    argv = argv_of({**flags, **security_flags(tmp_path, authority)})
+    argv = argv_of({**flags, **security_flags(short_path, authority)})
     with (
-        process(["kvstore_svc", *argv], tmp_path / "kv.log") as store,
-        serve(tmp_path, stub_model, authority, target) as server,
+        process(["kvstore_svc", *argv], short_path / "kv.log") as store,
+        serve(short_path, stub_model, authority, target) as server,
     ):
         asyncio.run(check_store(server))
         check_certificates(server, target, check_tokens(server, target, is_for_clients=False))

@@ -77,7 +77,7 @@ async def until_released(store: Service) -> None:
     await until(is_released, "blocks of sequences that have ended are pinned")
 
 
-@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("tp", [pytest.param(1, marks=pytest.mark.soak), 4])
 async def test_swapped_sequences_go_on_exactly(tmp_path: Path, stub_model: Path, tp: int):
     """A pool for a few of them, so that they take turns: what was computed comes back from the store."""
     with (
@@ -191,14 +191,14 @@ async def test_a_prefix_outlives_everything_but_redis(tmp_path: Path, stub_model
             assert served.metric("blocks_in_total") == NUM_SHARED // 32
 
 
-async def test_serve_starts_a_store_and_uses_it(tmp_path: Path, stub_model: Path):
+async def test_serve_starts_a_store_and_uses_it(short_path: Path, stub_model: Path):
     """The same topology without containers. What a group has forgotten in its death comes back from the store."""
-    run_dir, ready, ports = tmp_path / "r", tmp_path / "ready", fixed_ports(5)
+    run_dir, ready, ports = short_path / "run", short_path / "ready", fixed_ports(5)
     target = f"127.0.0.1:{ports}"
     argv = ["albireo", "serve", str(stub_model), "--engine", "stub", "--port", str(ports), "--run-dir", str(run_dir)]
     argv += ["--metrics-port", str(ports + 1), "--ready-file", str(ready), "--kv-store-gib", "0.06", "--swap", "always"]
     case = fixed_case(random_tokens(random.Random("serve"), 200), 9)
-    with process(argv, tmp_path / "serve.log") as served:
+    with process(argv, short_path / "serve.log") as served:
         await wait_until(ready.exists, "it serves")
         await wait_until(lambda: read_metrics(ports + 1)["albireo_kv_store_connected"] == 1, "the store is found")
         assert await ask(target, case) == [0]

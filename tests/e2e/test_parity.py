@@ -100,10 +100,10 @@ async def check_waves(target: str, oracle: Oracle, waves: list[Wave]) -> None:
 
 
 # Of the others, tests/worker_svc/test_engine_models.py tells the same without services.
-IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("mistral", "qwen2")]
+IN_SOAK = [pytest.param(name, marks=pytest.mark.soak) for name in ("llama", "mistral", "qwen2")]
 
 
-@pytest.fixture(scope="module", params=["demo", "llama", "qwen3", *IN_SOAK])
+@pytest.fixture(scope="module", params=["demo", "qwen3", *IN_SOAK])
 def model(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Oracle, list[Case], list[Wave]]:

@@ -74,7 +74,7 @@ def assert_as_oracle(told: list[pb.TokenLogprobs], prompt: tuple[int, ...], logp
 @pytest.mark.parametrize(
     "flags",
     [
-        {"tp": 1},
+        pytest.param({"tp": 1}, marks=pytest.mark.soak),
         {"tp": 2},
         {"tp": 2, "eager": True},
         pytest.param({"tp": 2, "sampler": "batch-sharded"}, marks=pytest.mark.soak),

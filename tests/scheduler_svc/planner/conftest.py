@@ -66,6 +66,7 @@ class FakeLeader:
         )
         self.num_streams = 0
         self._stop = asyncio.Event()
+        self._writing = asyncio.Lock()
         self._end_with = grpc.StatusCode.UNAVAILABLE
 
     def handlers(self) -> Any:
@@ -102,8 +103,9 @@ class FakeLeader:
             asyncio.create_task(self._stop.wait()),
         ]
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
+        async with self._writing:  # gRPC loses the status of a call whose write is cancelled
+            for task in tasks:
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await context.abort(self._end_with, "the stream ends")
 
@@ -135,7 +137,8 @@ class FakeLeader:
             self.status.num_queued -= 1
             if not self.lose_result(result.step_id):
                 for _ in range(1 + self.double_result(result.step_id)):
-                    await context.write(encode_result(result))
+                    async with self._writing:
+                        await context.write(encode_result(result))
 
     def _step(
         self, plan: StepPlan, histories: dict[int, list[int]], computed: dict[int, int], row_slots: np.ndarray
