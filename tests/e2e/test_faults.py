@@ -311,6 +311,7 @@ async def test_real_tokens_are_right_when_a_rank_dies(tmp_path: Path):
             (victim,) = group.pids("--rank", "1")
             group.send_signal(victim, signal.SIGKILL)
             answers = await running
-            assert group.pids("--rank", "1") not in ([], [victim])
+            # What the ranks had computed by then may be all that was left.
+            await wait_until(lambda: group.pids("--rank", "1") not in ([], [victim]), "the rank is replaced")
     for case, got in zip(cases, answers, strict=True):
         oracle.assert_equal(case, got)
