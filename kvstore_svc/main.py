@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import signal
 import tempfile
 from collections.abc import AsyncIterator
 from functools import partial
@@ -19,6 +18,7 @@ from albireo.errors import AlbireoError, ConfigError
 from albireo.logging import set_up_logging
 from albireo.metrics import serve_metrics
 from albireo.security import Security, load_security
+from albireo.stopping import run_until_stopped
 from albireo.v1 import kvstore_pb2 as pb
 from albireo.watchdog import Watchdog
 from kvstore_svc.config import StoreConfig
@@ -48,26 +48,12 @@ def main(argv: list[str] | None, watchdog: Watchdog) -> int:
     try:
         with contextlib.ExitStack() as stack:
             run_dir = Path(config.run_dir or stack.enter_context(tempfile.TemporaryDirectory(prefix="albireo-kv-")))
-            uvloop.run(_run(config, load_security(config), run_dir.absolute(), watchdog))
+            if uvloop.run(run_until_stopped(_serve(config, load_security(config), run_dir.absolute(), watchdog))):
+                log.info("store ends")
     except AlbireoError as error:
         log.error("store ends", error=str(error), kind=type(error).__name__)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-async def _run(config: StoreConfig, security: Security, run_dir: Path, watchdog: Watchdog) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    serving = asyncio.create_task(_serve(config, security, run_dir, watchdog))
-    await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    serving.cancel()
-    try:
-        await serving
-    except asyncio.CancelledError:
-        log.info("store ends")
 
 
 async def _serve(config: StoreConfig, security: Security, run_dir: Path, watchdog: Watchdog) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 import functools
-import signal
 import socket
 
 import structlog
@@ -16,6 +15,7 @@ from albireo.kv.flags import load_secret
 from albireo.logging import set_up_logging
 from albireo.metrics import serve_metrics
 from albireo.security import Security, load_security
+from albireo.stopping import run_until_stopped
 from albireo.tracing import Tracer, open_tracer
 from albireo.v1 import frontend_pb2_grpc, ledger_pb2_grpc, plan_pb2
 from albireo.watchdog import Watchdog
@@ -40,26 +40,12 @@ def main(argv: list[str] | None, watchdog: Watchdog) -> int:
     set_up_logging("planner", config.log_level)
     try:
         with open_tracer("planner", config.otlp_endpoint) as tracer:
-            uvloop.run(_run(config, load_security(config), watchdog, tracer))
+            if uvloop.run(run_until_stopped(_serve(config, load_security(config), watchdog, tracer))):
+                log.info("planner ends")
     except AlbireoError as error:
         log.error("planner ends", error=str(error), kind=type(error).__name__)
         return 2 if isinstance(error, ConfigError) else 1
     return 0
-
-
-async def _run(config: PlannerConfig, security: Security, watchdog: Watchdog, tracer: Tracer | None) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    stopped = asyncio.create_task(stop.wait())
-    serving = asyncio.create_task(_serve(config, security, watchdog, tracer))
-    await asyncio.wait({stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
-    stopped.cancel()
-    serving.cancel()
-    try:
-        await serving
-    except asyncio.CancelledError:
-        log.info("planner ends")
 
 
 async def _serve(config: PlannerConfig, security: Security, watchdog: Watchdog, tracer: Tracer | None) -> None:
